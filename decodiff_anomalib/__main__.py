@@ -1,0 +1,44 @@
+"""The ``decodiff`` command: what Anomalib's own command line has no place for. Training stays ``anomalib train``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from decodiff_anomalib import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+VERBS: dict[str, str] = {}
+"""Verb to ``module:function``. Only the verb that is asked for is imported; its signature makes its command line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb, or print what there is.
+
+    Args:
+        arguments: Command line without the program's name. Defaults to that of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in VERBS:
+        verb, *rest = arguments
+        module, _, function = VERBS[verb].partition(":")
+        auto_cli(getattr(import_module(module), function), args=rest, prog=f"decodiff {verb}")
+        return
+
+    parser = ArgumentParser(
+        prog="decodiff",
+        description="Tools around the DeCoDiff model; `decodiff VERB --help` explains each verb.",
+        version=__version__,
+    )
+    parser.add_argument("verb", nargs="?", choices=sorted(VERBS), metavar="VERB", help=", ".join(sorted(VERBS)))
+    parser.parse_args(arguments)
+    parser.print_help()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The network that predicts deviations: diffusers' ``UNet2DConditionModel`` with one learned token per category.
+
+The published sizes XS to XL are represented exactly. Cross-attention over a single token is a constant per layer and
+category, so a small model loses nothing by attending only at its lowest resolution, as ``nano`` and ``tiny`` do.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+SPATIAL_DIVISOR = 4  # two downsamplings
+
+
+@dataclass(frozen=True)
+class DenoiserSize:
+    """Shape of a UNet.
+
+    Attributes:
+        width: Channels at the finest resolution.
+        head_channels: Channels of one attention head; their number grows with the width.
+        context_width: Channels of the category token.
+        attention: Which of the three resolutions attend.
+        dropout: In the residual blocks.
+        multipliers: Channels at each resolution, in units of ``width``.
+    """
+
+    width: int
+    head_channels: int
+    context_width: int
+    attention: tuple[bool, bool, bool] = (True, True, True)
+    dropout: float = 0.4
+    multipliers: tuple[int, int, int] = (1, 2, 4)
+
+
+DENOISER_SIZES = {
+    # for CPUs
+    "nano": DenoiserSize(32, 32, 64, attention=(False, False, True), dropout=0.0),
+    "tiny": DenoiserSize(64, 32, 128, attention=(False, False, True), dropout=0.0),
+    # as published (SPEC section 4)
+    "XS": DenoiserSize(64, 16, 128),
+    "S": DenoiserSize(128, 32, 256),
+    "M": DenoiserSize(192, 32, 384),
+    "L": DenoiserSize(256, 32, 512),
+    "XL": DenoiserSize(320, 26, 640),
+}
+
+
+class Denoiser(nn.Module):
+    """A UNet over latents, conditioned on timestep and category.
+
+    Args:
+        size: Shape of the UNet.
+        latent_channels: Channels of the latents, in and out.
+        num_categories: Rows of the category table.
+        sample_size: Side of the latents the network is meant for; any side divisible by 4 works.
+    """
+
+    def __init__(self, size: DenoiserSize, latent_channels: int, num_categories: int, sample_size: int) -> None:
+        super().__init__()
+        from diffusers import UNet2DConditionModel  # seconds to import: only when a network is built
+
+        widths = [size.width * multiplier for multiplier in size.multipliers]
+        down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in size.attention]
+        up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(size.attention)]
+        self.unet = UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            flip_sin_to_cos=True,
+            freq_shift=0,
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            block_out_channels=tuple(widths),
+            layers_per_block=2,
+            dropout=size.dropout,
+            cross_attention_dim=size.context_width,
+            # diffusers' name is a misnomer: this is the *number* of heads; their width stays fixed across levels
+            attention_head_dim=tuple(width // size.head_channels for width in widths),
+        )
+        self.category_embedding = nn.Embedding(num_categories, size.context_width)
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        """Zero the last convolution of every residual block and transformer, and of the network (SPEC, init)."""
+        from diffusers.models.resnet import ResnetBlock2D
+        from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+        last = [self.unet.conv_out]
+        last += [block.conv2 for block in self.unet.modules() if isinstance(block, ResnetBlock2D)]
+        last += [block.proj_out for block in self.unet.modules() if isinstance(block, Transformer2DModel)]
+        for convolution in last:
+            nn.init.zeros_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """Predict the deviation of ``latents``.
+
+        Args:
+            latents: ``(B, C, h, w)``, ``h`` and ``w`` divisible by 4.
+            timesteps: int64 ``(B,)``, original timesteps (not rescaled to 1000).
+            category: int64 ``(B,)``.
+
+        Returns:
+            torch.Tensor: Deviation ``(B, C, h, w)``.
+        """
+        context = self.category_embedding(category).unsqueeze(1)
+        return self.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+
+
+def build_denoiser(
+    size: str | DenoiserSize, latent_channels: int = 4, num_categories: int = 1, sample_size: int = 32
+) -> Denoiser:
+    """Build the UNet of a named size.
+
+    Args:
+        size: A key of :data:`DENOISER_SIZES` or a shape of your own.
+        latent_channels: Channels of the codec's latents.
+        num_categories: Number of product categories.
+        sample_size: Side of the latents.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if isinstance(size, str):
+        if size not in DENOISER_SIZES:
+            msg = f"denoiser={size!r} is unknown; valid: {', '.join(DENOISER_SIZES)}."
+            raise ValueError(msg)
+        size = DENOISER_SIZES[size]
+    return Denoiser(size, latent_channels, num_categories, sample_size)

@@ -1,0 +1,80 @@
+"""How an image and its correction differ: pixel and latent maps, and their fusion (SPEC section 9, paper section 3.4).
+
+    P = G_3( clip(max over RGB |y - y_0|, 0, c_P) / c_P )
+    L = R( G_1( clip(mean over channels |z - z_0|, 0, c_L) / c_L ) )
+
+``G`` is a Gaussian blur with half-sample symmetric borders and ``R`` a linear up-scaling whose samples beyond the outer
+pixel centres are mirrored about them.
+"""
+
+import torch
+from anomalib.models.components.filters import GaussianBlur2d
+from anomalib.models.components.filters.blur import compute_kernel_size
+
+PIXEL_CLIP, PIXEL_SIGMA = 0.4, 3.0
+LATENT_CLIP, LATENT_SIGMA = 0.2, 1.0
+
+
+def gaussian_blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Blur ``maps`` ``(B, 1, H, W)``, borders continued as ``d c b a | a b c d`` (which torch's padding lacks)."""
+    taps = compute_kernel_size(sigma)
+    for dim, kernel_size in ((-2, (taps, 1)), (-1, (1, taps))):
+        radius, size = taps // 2, maps.shape[dim]
+        before = maps.narrow(dim, 0, radius).flip(dim)
+        after = maps.narrow(dim, size - radius, radius).flip(dim)
+        blur = GaussianBlur2d(sigma, kernel_size=kernel_size, padding="valid").to(maps)
+        maps = blur(torch.cat([before, maps, after], dim))
+    return maps
+
+
+def resize_mirrored(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Scale ``maps`` ``(B, 1, h, w)`` up to ``size`` linearly, mirroring about the outer pixel centres."""
+    for dim, length in ((-2, size[0]), (-1, size[1])):
+        maps = torch.movedim(maps.movedim(dim, -1) @ _mirrored_weights(maps.shape[dim], length).to(maps), -1, dim)
+    return maps
+
+
+def _mirrored_weights(source: int, target: int) -> torch.Tensor:
+    """Linear interpolation as a matrix ``(source, target)``."""
+    position = (torch.arange(target, dtype=torch.float64) + 0.5) * source / target - 0.5
+    position = position.abs()
+    position = torch.where(position > source - 1, 2 * (source - 1) - position, position)
+    return (1 - (position - torch.arange(source, dtype=torch.float64)[:, None]).abs()).clamp_min(0)
+
+
+def saturate(raw: torch.Tensor, clip: float | None) -> torch.Tensor:
+    """Clip ``raw`` at ``clip`` and scale it to [0, 1]; ``None`` leaves it as it is."""
+    return raw if clip is None else raw.clamp(0, clip) / clip
+
+
+def pixel_discrepancy(
+    a: torch.Tensor, b: torch.Tensor, clip: float | None = PIXEL_CLIP, sigma: float = PIXEL_SIGMA
+) -> torch.Tensor:
+    """Pixel map ``(B, 1, H, W)`` of two images ``(B, 3, H, W)`` as decoded (about [-1, 1], not clamped)."""
+    return gaussian_blur(saturate((a - b).abs().amax(1, keepdim=True), clip), sigma)
+
+
+def latent_discrepancy(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    size: tuple[int, int],
+    clip: float | None = LATENT_CLIP,
+    sigma: float = LATENT_SIGMA,
+) -> torch.Tensor:
+    """Latent map ``(B, 1, *size)`` of two latents ``(B, C, h, w)``."""
+    raw = (a - b).abs().mean(1, keepdim=True)
+    return resize_mirrored(gaussian_blur(saturate(raw, clip), sigma), size)
+
+
+def fuse(pixel: torch.Tensor, latent: torch.Tensor, mode: str = "geometric") -> torch.Tensor:
+    """Fuse two maps: ``sqrt(P L)`` (``geometric``, free of their scales) or ``(P + L) / 2`` (``arithmetic``).
+
+    Raises:
+        ValueError: If the mode is unknown.
+    """
+    if mode == "geometric":
+        return (pixel * latent).sqrt()
+    if mode == "arithmetic":
+        return (pixel + latent) / 2
+    msg = f"fusion={mode!r} is unknown; valid: 'geometric', 'arithmetic'."
+    raise ValueError(msg)

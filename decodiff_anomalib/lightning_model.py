@@ -1,0 +1,315 @@
+"""DeCoDiff as Anomalib's users know their models."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.data.utils.split import ValSplitMode, random_split
+from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
+from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from decodiff_anomalib.data.images import image_paths, inspect_images, restore_depth
+from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
+from decodiff_anomalib.presets import PRESETS, Preset
+from decodiff_anomalib.torch_model import DeCoDiffModel
+from decodiff_anomalib.visualizer import DeCoDiffVisualizer
+
+logger = logging.getLogger(__name__)
+
+LIGHTNING_DEFAULT_EPOCHS = 1000
+VALIDATIONS_PER_FIT = 3
+FINAL_LEARNING_RATE = 0.02
+
+
+class DeCoDiff(AnomalibModule):
+    """DeCo-Diff: corrects deviations from normality in latent space (CVPR 2025).
+
+    Trains on normal images only. Thresholds are set on normal images too: where the datamodule would validate on its
+    test set (``MVTecAD`` and ``Visa`` do by default), a share of the training images is held out instead.
+
+    Args:
+        preset: ``balanced``, ``fast`` (less training, one step), or ``paper`` (as published; needs a GPU). Every
+            argument below left at ``None`` takes the preset's value.
+        image_size: Working size in pixels, one side or (height, width), multiples of 32. The whole image is resized to
+            it; nothing is cropped.
+        codec: ``bundled``, or a hub id, folder or file of a diffusers autoencoder.
+        denoiser: Size of the UNet: ``nano``, ``tiny``, ``XS``, ``S``, ``M``, ``L``, ``XL``.
+        num_steps: Correction steps at inference, 1 to 10.
+        corruption: ``defects`` drawn on images, or ``patches`` of the latents, as published.
+        train_steps: Optimiser steps. A duration given to the trainer (``max_epochs``, ``max_steps``, ``max_time``)
+            goes first.
+        learning_rate: Peak learning rate.
+        ema_decay: Decay of the weight average that is tested and saved; 0 keeps the last weights.
+        calibration_split: Share of the training images held out to set thresholds where the datamodule would use test
+            images; 0 lets it use them.
+        false_alarm_rate: Share of normal images to be called anomalous, which sets the threshold.
+        seed: Makes training repeat: weights, order of images, corruption.
+        pre_processor: As in Anomalib.
+        post_processor: As in Anomalib.
+        evaluator: As in Anomalib.
+        visualizer: As in Anomalib.
+
+    Raises:
+        ValueError: If the preset is unknown or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        preset: str = "balanced",
+        image_size: int | tuple[int, int] = 256,
+        codec: str | Path | dict[str, Any] | None = None,
+        denoiser: str | None = None,
+        num_steps: int | None = None,
+        corruption: str | None = None,
+        train_steps: int | None = None,
+        learning_rate: float | None = None,
+        ema_decay: float | None = None,
+        calibration_split: float = 0.15,
+        false_alarm_rate: float = 0.01,
+        seed: int = 0,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: DeCoDiffPostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: DeCoDiffVisualizer | bool = True,
+    ) -> None:
+        # Anomalib calls the configure_* methods inside super().__init__: what they need comes first.
+        self._image_size = _as_size(image_size)
+        self._false_alarm_rate = false_alarm_rate
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        if preset not in PRESETS:
+            msg = f"preset={preset!r} is unknown; valid: {', '.join(PRESETS)}."
+            raise ValueError(msg)
+        if not 0 <= calibration_split < 1:
+            msg = f"calibration_split={calibration_split} must be at least 0 and below 1."
+            raise ValueError(msg)
+        given = {
+            "denoiser": denoiser,
+            "num_steps": num_steps,
+            "corruption": corruption,
+            "train_steps": train_steps,
+            "learning_rate": learning_rate,
+            "ema_decay": ema_decay,
+        }
+        self.settings: Preset = replace(
+            PRESETS[preset], **{name: value for name, value in given.items() if value is not None}
+        )
+        self.seed = seed
+        self.calibration_split = calibration_split
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = DeCoDiffModel(self.settings, self._image_size, codec=codec)
+        self._wide_paths: frozenset[str] = frozenset()
+        self._data_before_hold_out: tuple[AnomalibDataModule, Any, Any] | None = None
+
+    # ---------------------------------------------------------------- what Anomalib asks for
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Normal images only."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Only what no user would set: these override the user's. The duration is set in :meth:`on_train_start`."""
+        return {"num_sanity_val_steps": 0}
+
+    def configure_pre_processor(self, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize the whole image to the working size and scale it to [-1, 1]."""
+        size = image_size or self._image_size
+        return PreProcessor(Compose([Resize(size, antialias=True), Normalize(mean=[0.5] * 3, std=[0.5] * 3)]))
+
+    def configure_post_processor(self) -> DeCoDiffPostProcessor:
+        """Thresholds from normal images."""
+        return DeCoDiffPostProcessor(false_alarm_rate=self._false_alarm_rate)
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """The figures of the literature, all free of thresholds; pixel figures only where there are masks."""
+        image, pixel = ["pred_score", "gt_label"], ["anomaly_map", "gt_mask"]
+        return Evaluator(
+            test_metrics=[
+                AUROC(fields=image, prefix="image_"),
+                AUPR(fields=image, prefix="image_"),
+                F1Max(fields=image, prefix="image_"),
+                AUROC(fields=pixel, prefix="pixel_", strict=False),
+                AUPR(fields=pixel, prefix="pixel_", strict=False),
+                AUPRO(fields=pixel, prefix="pixel_", strict=False),
+                F1Max(fields=pixel, prefix="pixel_", strict=False),
+            ]
+        )
+
+    @classmethod
+    def configure_visualizer(cls) -> DeCoDiffVisualizer:
+        """Pictures with the correction."""
+        return DeCoDiffVisualizer()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Anomalib's components, then weight averaging, which must swap weights back after they saw validation."""
+        callbacks = list(super().configure_callbacks())
+        if self.settings.ema_decay:
+            callbacks.append(EMAWeightAveraging(decay=self.settings.ema_decay, use_buffers=False))
+        return callbacks
+
+    # ---------------------------------------------------------------- data
+
+    def setup(self, stage: str) -> None:
+        """Look at every image file before work starts, and hold normal images out where thresholds need them."""
+        datamodule = self.trainer.datamodule
+        if stage == "fit":
+            seed_everything(self.seed, workers=True)
+            self._generator = torch.Generator().manual_seed(self.seed + self.global_rank)
+            if datamodule is not None:
+                self._hold_out_normals(datamodule, stage)
+        subsets = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}
+        self._inspect(*(getattr(datamodule, name, None) for name in subsets.get(stage, ())))
+
+    def on_predict_start(self) -> None:
+        """Look at every image file before work starts."""
+        loaders = self.trainer.predict_dataloaders
+        self._inspect(*(loader.dataset for loader in (loaders if isinstance(loaders, list) else [loaders])))
+
+    def _inspect(self, *datasets: Dataset | None) -> None:
+        paths = [path for dataset in datasets if dataset is not None for path in image_paths(dataset)]
+        self._wide_paths |= inspect_images(paths)
+
+    def _hold_out_normals(self, datamodule: AnomalibDataModule, stage: str) -> None:
+        """Validate on held-out training images where the datamodule would validate on test images or not at all."""
+        on_test = {ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST, ValSplitMode.NONE}
+        if not self.calibration_split or getattr(datamodule, "val_split_mode", None) not in on_test:
+            return
+        train_data = datamodule.train_data
+        if round(len(train_data) * self.calibration_split) < 2:
+            msg = (
+                f"{len(train_data)} training images leave fewer than 2 to set thresholds at "
+                f"calibration_split={self.calibration_split}. Give more images or a larger share; "
+                "calibration_split=0 uses the datamodule's own validation images."
+            )
+            raise ValueError(msg)
+        self._data_before_hold_out = datamodule, train_data, getattr(datamodule, "val_data", None)
+        datamodule.train_data, datamodule.val_data = random_split(train_data, self.calibration_split, seed=self.seed)
+        datamodule.setup(stage)  # gives the held-out images the augmentations of validation
+        logger.info(
+            "Held out %d of %d training images to set thresholds; test images are not used for it.",
+            len(datamodule.val_data),
+            len(train_data),
+        )
+
+    def teardown(self, stage: str) -> None:
+        """Give the datamodule its images back, so that the next model finds it as it was."""
+        if stage == "fit" and self._data_before_hold_out is not None:
+            datamodule, datamodule.train_data, val_data = self._data_before_hold_out
+            if val_data is None:
+                del datamodule.val_data
+            else:
+                datamodule.val_data = val_data
+            self._data_before_hold_out = None
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Read 16-bit images at their depth."""
+        del dataloader_idx
+        if self._wide_paths:
+            restore_depth(batch, self._wide_paths)
+        return batch
+
+    # ---------------------------------------------------------------- training
+
+    def on_train_start(self) -> None:
+        """Set the duration where the user left it to the model, and validate a few times rather than every epoch."""
+        if not self._chooses_duration:
+            return
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        epochs = math.ceil(self.settings.train_steps / steps_per_epoch)
+        if self.trainer.check_val_every_n_epoch == 1:
+            self.trainer.check_val_every_n_epoch = math.ceil(epochs / VALIDATIONS_PER_FIT)
+            epochs = self.trainer.check_val_every_n_epoch * VALIDATIONS_PER_FIT
+        self.trainer.fit_loop.max_epochs = epochs
+        self._began, self._began_at_step = time.monotonic(), self.trainer.global_step
+
+    @property
+    def _chooses_duration(self) -> bool:
+        trainer = self.trainer
+        return trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS and trainer.max_steps == -1
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Predict the deviation of corrupted normal images."""
+        del batch_idx
+        loss = self.model.training_loss(batch.image, generator=self._generator)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.image))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Score normal images; the post-processor sets its thresholds on them."""
+        del batch_idx
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW on the denoiser; linear warm-up and cosine, by steps."""
+        settings = self.settings
+        total = settings.train_steps if self._chooses_duration else self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            warm_up = min(1.0, (step + 1) / settings.warmup_steps)
+            progress = 0.0 if math.isinf(total) else min(1.0, step / max(1, total))
+            cosine = (1 + math.cos(math.pi * progress)) / 2
+            return warm_up * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
+
+        optimizer = torch.optim.AdamW(
+            self.model.denoiser.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip at the trainer's value where the user gave one, else at the preset's."""
+        value = gradient_clip_val or self.settings.gradient_clip
+        self.clip_gradients(optimizer, value, gradient_clip_algorithm or "norm")
+
+    # ---------------------------------------------------------------- inference
+
+    def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> Batch:
+        """Score a batch and keep its correction for the pictures."""
+        del batch_idx, args, kwargs
+        inspected = self.model.inspect(batch.image)
+        batch.update(pred_score=inspected.pred_score, anomaly_map=inspected.anomaly_map)
+        batch.correction = inspected.correction / 2 + 0.5  # in [0, 1], as images are
+        return batch
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
+        """As :meth:`test_step`."""
+        return self.test_step(batch, batch_idx, dataloader_idx)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint enough to restore everything, and hold the frozen codec once."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"]["codec"] = self.model.codec.spec
+        unaveraged = checkpoint.get("current_model_state", {})
+        for name in unaveraged:
+            if name.startswith("model.codec."):
+                unaveraged[name] = checkpoint["state_dict"][name]
+
+
+def _as_size(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width from one side or both."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size
+    return height, width

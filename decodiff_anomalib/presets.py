@@ -1,0 +1,80 @@
+"""Three words for thirty numbers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from decodiff_anomalib.discrepancy import LATENT_CLIP, LATENT_SIGMA, PIXEL_CLIP, PIXEL_SIGMA
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of the method that belong together. The defaults are the paper's.
+
+    Attributes:
+        codec: See :func:`decodiff_anomalib.codec.build_codec`.
+        denoiser: A key of :data:`decodiff_anomalib.denoiser.DENOISER_SIZES`.
+        num_steps: Correction steps.
+        timestep_spacing: Which timesteps they use, see :class:`decodiff_anomalib.schedule.DeviationSchedule`.
+        corruption: ``patches`` of the latents (the paper) or ``defects`` drawn on the images.
+        pixel_clip: Saturation of the pixel map; ``None`` for none.
+        latent_clip: Saturation of the latent map; ``None`` for none.
+        pixel_sigma: Blur of the pixel map in pixels of the working size.
+        latent_sigma: Blur of the latent map in latent pixels.
+        fusion: ``geometric`` or ``arithmetic`` mean of the maps.
+        train_steps: Optimiser steps, unless the trainer is given a duration.
+        warmup_steps: Steps until the full learning rate.
+        learning_rate: Peak of the cosine.
+        weight_decay: Of AdamW.
+        ema_decay: Of the averaged weights that are validated, tested and saved; 0 for none.
+        gradient_clip: Largest gradient norm, unless the trainer is given one; 0 for none.
+    """
+
+    codec: str = "stabilityai/sd-vae-ft-ema"
+    denoiser: str = "L"
+    num_steps: int = 5
+    timestep_spacing: Literal["leading", "trailing"] = "leading"
+    corruption: Literal["patches", "defects"] = "patches"
+    pixel_clip: float | None = PIXEL_CLIP
+    latent_clip: float | None = LATENT_CLIP
+    pixel_sigma: float = PIXEL_SIGMA
+    latent_sigma: float = LATENT_SIGMA
+    fusion: Literal["geometric", "arithmetic"] = "geometric"
+    train_steps: int = 10_400
+    warmup_steps: int = 130
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    ema_decay: float = 0.0
+    gradient_clip: float = 0.0
+
+
+PRESETS = {
+    "paper": Preset(),
+    "balanced": Preset(
+        codec="bundled",
+        denoiser="nano",
+        num_steps=2,
+        timestep_spacing="trailing",
+        corruption="defects",
+        pixel_clip=None,
+        latent_clip=None,
+        train_steps=1000,
+        warmup_steps=50,
+        learning_rate=1e-3,
+        ema_decay=0.99,
+        gradient_clip=1.0,
+    ),
+    "fast": Preset(
+        codec="bundled",
+        denoiser="nano",
+        num_steps=1,
+        timestep_spacing="trailing",
+        corruption="defects",
+        pixel_clip=None,
+        latent_clip=None,
+        train_steps=400,
+        warmup_steps=50,
+        learning_rate=1e-3,
+        ema_decay=0.99,
+        gradient_clip=1.0,
+    ),
+}

@@ -1,0 +1,72 @@
+"""Pictures: image | what it should have looked like | anomaly map | predicted mask | true mask."""
+
+import os
+from pathlib import Path
+
+import torch
+from anomalib.data import ImageBatch
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import ImageVisualizer
+from anomalib.visualization.image.functional import add_text_to_image, create_image_grid
+from anomalib.visualization.image.item_visualizer import visualize_image_item
+from lightning.pytorch import Trainer
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+
+class DeCoDiffVisualizer(ImageVisualizer):
+    """Anomalib's picture of each test or predict image, with the correction beside it.
+
+    Pictures keep their path below the folder that all images share, so that equal file names never overwrite each
+    other. They go to ``<run>/images``.
+    """
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: AnomalibModule,
+        outputs: ImageBatch,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save one picture per image."""
+        del pl_module, outputs, batch_idx
+        output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
+        common = _common_folder(trainer, dataloader_idx)
+        corrections = getattr(batch, "correction", None)
+        for index, item in enumerate(batch):
+            picture = visualize_image_item(
+                item,
+                fields=self.fields,
+                overlay_fields=self.overlay_fields,
+                field_size=self.field_size,
+                fields_config=self.fields_config,
+                overlay_fields_config=self.overlay_fields_config,
+                text_config=self.text_config,
+            )
+            if picture is None:
+                continue
+            if corrections is not None:
+                picture = create_image_grid([picture, self._panel(corrections[index])], nrow=2)
+            path = Path(item.image_path)
+            target = output_dir / (path.relative_to(common) if path.is_relative_to(common) else path.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.convert("RGB").save(target.with_suffix(".png"))
+
+    def _panel(self, correction: torch.Tensor) -> Image.Image:
+        """The correction ``(3, H, W)`` in [0, 1] as a panel of the picture."""
+        image = to_pil_image(correction.float().clamp(0, 1).cpu()).resize(self.field_size)
+        return add_text_to_image(image, "correction", **_text_options(self.text_config))
+
+
+def _text_options(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name != "enable"}
+
+
+def _common_folder(trainer: Trainer, dataloader_idx: int) -> Path:
+    """The deepest folder that holds every image of the running loader."""
+    loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    paths = loaders[dataloader_idx].dataset.samples.image_path
+    return Path(os.path.commonpath([Path(path).parent for path in paths]))

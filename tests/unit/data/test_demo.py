@@ -1,0 +1,212 @@
+"""The demo textures: honest splits, honest masks, and a cache that is whole or absent."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data.utils import ValSplitMode
+from PIL import Image
+
+from decodiff_anomalib.data import DemoTextures, demo
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("textures")
+    DemoTextures(root=root).prepare_data()
+    return root
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(demo, "FOREIGN_MATERIAL", {"gravel": "gravel"})
+    for name in ("NUM_TRAIN", "NUM_TEST_GOOD", "NUM_TEST_PER_DEFECT"):
+        monkeypatch.setattr(demo, name, 1)
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("category", ["brick", "grass", "gravel"])
+def test_splits_hold_the_promised_images(root, category):
+    datamodule = DemoTextures(root=root, category=category)
+    datamodule.prepare_data()
+    datamodule.setup()
+    train, val, test = (data.samples for data in (datamodule.train_data, datamodule.val_data, datamodule.test_data))
+
+    assert (len(train), len(val), len(test)) == (68, 12, 64)
+    assert (train.label_index == 0).all()
+    assert (val.label_index == 0).all()
+    assert test.label.value_counts().to_dict() == {
+        "good": 24, "crack": 8, "foreign": 8, "smear": 8, "stain": 8, "wire": 8
+    }  # fmt: skip
+    paths = [set(samples.image_path) for samples in (train, val, test)]
+    assert len(set.union(*paths)) == 68 + 12 + 64
+
+
+def test_batches_carry_images_and_masks(root):
+    datamodule = DemoTextures(root=root, eval_batch_size=64)
+    datamodule.setup()
+    batch = next(iter(datamodule.test_dataloader()))
+    assert batch.image.shape == (64, 3, 256, 256)
+    assert torch.equal(batch.gt_mask.flatten(1).any(1), batch.gt_label.bool())
+
+
+def test_val_split_repeats_and_follows_the_seed(root):
+    def held_out(seed):
+        datamodule = DemoTextures(root=root, seed=seed)
+        datamodule.setup()
+        return set(datamodule.val_data.samples.image_path)
+
+    assert held_out(0) == held_out(0) != held_out(1)
+
+
+def test_synthetic_validation_leaves_the_test_set_alone(root):
+    datamodule = DemoTextures(root=root, val_split_mode="synthetic")
+    datamodule.setup()
+    assert set(datamodule.val_data.samples.label_index) == {0, 1}
+    assert len(datamodule.test_data) == 64
+
+
+@pytest.mark.parametrize("mode", ["same_as_test", ValSplitMode.FROM_TEST, "none"])
+def test_validation_without_images_of_its_own_is_refused(mode):
+    with pytest.raises(ValueError, match="no images besides the test set; choose from_train or synthetic"):
+        DemoTextures(val_split_mode=mode)
+
+
+def test_unknown_category_is_refused():
+    with pytest.raises(ValueError, match="'sand'; DemoTextures has brick, grass, gravel"):
+        DemoTextures(category="sand")
+
+
+def test_train_and_test_come_from_different_parts_of_the_photograph():
+    marked = np.zeros((512, 512))
+    marked[:, demo.TRAIN_COLUMNS] = 1
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        assert demo._crop(marked, demo.TRAIN_COLUMNS, rng).min() > 0.89  # the darkest exposure of white
+        assert demo._crop(marked, demo.TEST_COLUMNS, rng).max() == 0
+
+
+@pytest.mark.parametrize("category", demo.FOREIGN_MATERIAL)
+@pytest.mark.parametrize("defect", demo.DEFECTS)
+def test_mask_is_where_the_image_was_damaged(category, defect):
+    photograph = demo._load_photograph(category)
+    foreign = demo._load_photograph(demo.FOREIGN_MATERIAL[category])
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        clean, other = (demo._crop(source, demo.TEST_COLUMNS, rng) for source in (photograph, foreign))
+        damaged, mask = demo._damage(clean, other, demo.DEFECTS[defect], rng)
+        change = np.abs(damaged - clean)
+        assert 0.003 < mask.mean() < 0.15
+        assert change[~mask].max() == 0
+        assert np.mean(change[mask] > 2 / 255) > 0.5
+        assert change.max() > 0.1
+
+
+def test_files_pair_images_with_masks(root):
+    for category in demo.FOREIGN_MATERIAL:
+        folder = root / demo.VERSION / "DemoTextures" / category
+        images = sorted(path for defect in demo.DEFECTS for path in (folder / "test" / defect).iterdir())
+        masks = sorted((folder / "ground_truth").rglob("*.png"))
+        assert [(p.parent.name, p.stem + "_mask") for p in images] == [(p.parent.name, p.stem) for p in masks]
+        assert all(read(image).shape == (256, 256) for image in images)
+        assert all(set(np.unique(read(mask))) == {0, 255} for mask in masks)
+
+
+@pytest.mark.usefixtures("few_images")
+def test_builds_are_bit_identical_whatever_the_global_seeds(tmp_path):
+    for seed, name in enumerate(["first", "second"]):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the legacy state is what is under test
+        torch.manual_seed(seed)
+        demo.build_textures(tmp_path / name)
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
+def test_intact_cache_is_not_touched(root, monkeypatch):
+    monkeypatch.setattr(demo, "build_textures", lambda folder: pytest.fail(f"rebuilt {folder}"))
+    DemoTextures(root=root).prepare_data()
+
+
+@pytest.mark.usefixtures("few_images")
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "no manifest", "broken manifest"])
+def test_damaged_cache_is_rebuilt(tmp_path, damage):
+    datamodule = DemoTextures(root=tmp_path)
+    datamodule.prepare_data()
+    whole = contents(tmp_path)
+
+    victim = datamodule.root / "gravel" / "train" / "good" / "000.png"
+    manifest = datamodule.root / demo.MANIFEST
+    match damage:
+        case "missing":
+            victim.unlink()
+        case "truncated":
+            victim.write_bytes(victim.read_bytes()[:100])
+        case "foreign":
+            victim.with_name("999.png").write_bytes(victim.read_bytes())
+        case "no manifest":
+            manifest.unlink()
+        case "broken manifest":
+            manifest.write_text(json.dumps({})[:1])
+
+    datamodule.prepare_data()
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.usefixtures("few_images")
+def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(demo.DEFECTS, "wire", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo.build_textures(tmp_path / "textures")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("few_images")
+def test_of_two_builders_the_first_wins(tmp_path, monkeypatch):
+    folder, write_category = tmp_path / "textures", demo._write_category
+
+    def overtaken(*args):
+        monkeypatch.setattr(demo, "_write_category", write_category)
+        demo.build_textures(folder)
+        first.append(folder.stat().st_ino)
+        write_category(*args)
+
+    first = []
+    monkeypatch.setattr(demo, "_write_category", overtaken)
+    demo.build_textures(folder)
+    assert [folder.stat().st_ino] == first
+    assert [path.name for path in tmp_path.iterdir()] == ["textures"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is a convention of Linux")
+def test_cache_lies_in_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert DemoTextures().root == tmp_path / "decodiff_anomalib" / demo.VERSION / "DemoTextures"
+    assert not list(tmp_path.iterdir())  # nothing is written before it is needed
+
+
+def test_unwritable_root_names_the_remedy(tmp_path):
+    occupied = tmp_path / "file"
+    occupied.touch()
+    with pytest.raises(OSError, match=r"Name a writable folder: DemoTextures\(root=...\)"):
+        DemoTextures(root=occupied).prepare_data()
+
+
+def test_missing_scikit_image_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ImportError, match=r'pip install "decodiff_anomalib\[demo\]"'):
+        DemoTextures(root=tmp_path).prepare_data()
