@@ -20,9 +20,11 @@ class Draw:
         self.generator = generator
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """A number in ``[low, high)``."""
         return low + (high - low) * torch.rand((), generator=self.generator).item()
 
     def log_uniform(self, low: float, high: float) -> float:
+        """A number in ``[low, high)``, each octave alike."""
         return math.exp(self.uniform(math.log(low), math.log(high)))
 
     def integer(self, low: int, high: int) -> int:
@@ -30,6 +32,7 @@ class Draw:
         return int(torch.randint(low, high, (), generator=self.generator))
 
     def pick(self, options: tuple[Callable, ...]) -> Callable:
+        """One of ``options``."""
         return options[self.integer(0, len(options))]
 
     def field(self, image: torch.Tensor, cells: float, channels: int = 1) -> torch.Tensor:

@@ -22,6 +22,7 @@ class DenoiserSize:
         context_width: Channels of the category token.
         attention: Which of the three resolutions attend.
         dropout: In the residual blocks.
+        layers: Residual blocks of each resolution.
         multipliers: Channels at each resolution, in units of ``width``.
     """
 
@@ -30,13 +31,14 @@ class DenoiserSize:
     context_width: int
     attention: tuple[bool, bool, bool] = (True, True, True)
     dropout: float = 0.4
+    layers: int = 2
     multipliers: tuple[int, int, int] = (1, 2, 4)
 
 
 DENOISER_SIZES = {
     # for CPUs
-    "nano": DenoiserSize(32, 32, 64, attention=(False, False, True), dropout=0.0),
-    "tiny": DenoiserSize(64, 32, 128, attention=(False, False, True), dropout=0.0),
+    "nano": DenoiserSize(32, 32, 64, attention=(False, False, True), dropout=0.0, layers=1),
+    "tiny": DenoiserSize(64, 32, 128, attention=(False, False, True), dropout=0.0, layers=1),
     # as published (SPEC section 4)
     "XS": DenoiserSize(64, 16, 128),
     "S": DenoiserSize(128, 32, 256),
@@ -72,7 +74,7 @@ class Denoiser(nn.Module):
             down_block_types=tuple(down),
             up_block_types=tuple(up),
             block_out_channels=tuple(widths),
-            layers_per_block=2,
+            layers_per_block=size.layers,
             dropout=size.dropout,
             cross_attention_dim=size.context_width,
             # diffusers' name is a misnomer: this is the *number* of heads; their width stays fixed across levels

@@ -66,15 +66,16 @@ def latent_discrepancy(
     return resize_mirrored(gaussian_blur(saturate(raw, clip), sigma), size)
 
 
-def fuse(pixel: torch.Tensor, latent: torch.Tensor, mode: str = "geometric") -> torch.Tensor:
-    """Fuse two maps: ``sqrt(P L)`` (``geometric``, free of their scales) or ``(P + L) / 2`` (``arithmetic``).
+def fuse(*maps: torch.Tensor, mode: str = "geometric") -> torch.Tensor:
+    """Fuse maps ``(B, 1, H, W)`` by their mean: ``geometric`` (free of their scales) or ``arithmetic``.
 
     Raises:
         ValueError: If the mode is unknown.
     """
+    stacked = torch.stack(maps)
     if mode == "geometric":
-        return (pixel * latent).sqrt()
+        return stacked.prod(0) ** (1 / len(maps))
     if mode == "arithmetic":
-        return (pixel + latent) / 2
+        return stacked.mean(0)
     msg = f"fusion={mode!r} is unknown; valid: 'geometric', 'arithmetic'."
     raise ValueError(msg)

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 LIGHTNING_DEFAULT_EPOCHS = 1000
 VALIDATIONS_PER_FIT = 3
 FINAL_LEARNING_RATE = 0.02
+MAX_LATENT_FIT_IMAGES = 128
 
 
 class DeCoDiff(AnomalibModule):
@@ -45,6 +46,7 @@ class DeCoDiff(AnomalibModule):
         image_size: Working size in pixels, one side or (height, width), multiples of 32. The whole image is resized to
             it; nothing is cropped.
         codec: ``bundled``, or a hub id, folder or file of a diffusers autoencoder.
+        features: timm backbone whose features join the latents; ``none`` for none.
         denoiser: Size of the UNet: ``nano``, ``tiny``, ``XS``, ``S``, ``M``, ``L``, ``XL``.
         num_steps: Correction steps at inference, 1 to 10.
         corruption: ``defects`` drawn on images, or ``patches`` of the latents, as published.
@@ -70,6 +72,7 @@ class DeCoDiff(AnomalibModule):
         preset: str = "balanced",
         image_size: int | tuple[int, int] = 256,
         codec: str | Path | dict[str, Any] | None = None,
+        features: str | None = None,
         denoiser: str | None = None,
         num_steps: int | None = None,
         corruption: str | None = None,
@@ -95,6 +98,7 @@ class DeCoDiff(AnomalibModule):
             msg = f"calibration_split={calibration_split} must be at least 0 and below 1."
             raise ValueError(msg)
         given = {
+            "features": features,
             "denoiser": denoiser,
             "num_steps": num_steps,
             "corruption": corruption,
@@ -102,9 +106,8 @@ class DeCoDiff(AnomalibModule):
             "learning_rate": learning_rate,
             "ema_decay": ema_decay,
         }
-        self.settings: Preset = replace(
-            PRESETS[preset], **{name: value for name, value in given.items() if value is not None}
-        )
+        given = {name: None if value == "none" else value for name, value in given.items() if value is not None}
+        self.settings: Preset = replace(PRESETS[preset], **given)
         self.seed = seed
         self.calibration_split = calibration_split
         with torch.random.fork_rng(devices=[]):
@@ -226,16 +229,33 @@ class DeCoDiff(AnomalibModule):
     # ---------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
-        """Set the duration where the user left it to the model, and validate a few times rather than every epoch."""
-        if not self._chooses_duration:
-            return
+        """Scale the latents to the training images, and set the duration where the user left it to the model."""
+        if self.settings.scale_latents and self.trainer.ckpt_path is None:
+            self._fit_latents()
+        if self._chooses_duration:
+            self._set_duration()
+        self._began, self._began_at_step = time.monotonic(), self.trainer.global_step
+
+    def _fit_latents(self) -> None:
+        """Fit the scale of the latents to the first training batches, the same on every process."""
+        images: list[torch.Tensor] = []
+        for batch in self.trainer.train_dataloader:
+            prepared = self.on_before_batch_transfer(batch, dataloader_idx=0).image
+            images.extend(self.pre_processor.transform(prepared) if self.pre_processor else prepared)
+            if len(images) >= MAX_LATENT_FIT_IMAGES:
+                break
+        self.model.fit_latents(torch.stack(images[:MAX_LATENT_FIT_IMAGES]).to(self.device))
+        for buffer in self.model.buffers():
+            buffer.copy_(self.trainer.strategy.broadcast(buffer))
+
+    def _set_duration(self) -> None:
+        """Train for the preset's steps in whole epochs, and validate a few times rather than every epoch."""
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         epochs = math.ceil(self.settings.train_steps / steps_per_epoch)
         if self.trainer.check_val_every_n_epoch == 1:
             self.trainer.check_val_every_n_epoch = math.ceil(epochs / VALIDATIONS_PER_FIT)
-            epochs = self.trainer.check_val_every_n_epoch * VALIDATIONS_PER_FIT
+            epochs = self.trainer.check_val_every_n_epoch * math.ceil(epochs / self.trainer.check_val_every_n_epoch)
         self.trainer.fit_loop.max_epochs = epochs
-        self._began, self._began_at_step = time.monotonic(), self.trainer.global_step
 
     @property
     def _chooses_duration(self) -> bool:
@@ -247,6 +267,11 @@ class DeCoDiff(AnomalibModule):
         del batch_idx
         loss = self.model.training_loss(batch.image, generator=self._generator)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.image))
+        done = self.trainer.global_step - self._began_at_step
+        if done and not math.isinf(self._total_steps):
+            pace = (time.monotonic() - self._began) / 60 / done
+            left = pace * max(0, self._total_steps - self.trainer.global_step)
+            self.log("minutes_left", left, prog_bar=True, logger=False, batch_size=len(batch.image))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
@@ -257,11 +282,12 @@ class DeCoDiff(AnomalibModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on the denoiser; linear warm-up and cosine, by steps."""
         settings = self.settings
-        total = settings.train_steps if self._chooses_duration else self.trainer.estimated_stepping_batches
+        chosen = self._chooses_duration
+        self._total_steps = settings.train_steps if chosen else self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:
             warm_up = min(1.0, (step + 1) / settings.warmup_steps)
-            progress = 0.0 if math.isinf(total) else min(1.0, step / max(1, total))
+            progress = min(1.0, step / max(1, self._total_steps))  # 0 where the end is not known: a constant rate
             cosine = (1 + math.cos(math.pi * progress)) / 2
             return warm_up * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
 

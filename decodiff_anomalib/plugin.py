@@ -85,7 +85,7 @@ def _publish(publication: Publication) -> None:
         setattr(package, publication.name, getattr(import_module(publication.home), publication.name))
     except Exception as error:  # noqa: BLE001 - whatever is wrong with our modules, Anomalib itself must work
         logger.warning(
-            "Anomalib will not know %s: %s: %s. `python -c 'from %s import %s'` shows where; %s=0 keeps the plugin out.",
+            "Anomalib will not know %s: %s: %s. `python -c 'from %s import %s'` shows where; %s=0 keeps us out.",
             publication.name,
             type(error).__name__,
             error,
@@ -131,8 +131,10 @@ class _Watch(MetaPathFinder):
     def completed(self, module: str) -> None:
         """Note what the module gives the cue for, and publish what can be."""
         self._due += [publication for publication in PUBLICATIONS if publication.cue == module]
-        while self._due and not self._under_way:
-            _publish(self._due.pop())
+        if not self._under_way:
+            due, self._due = self._due, []
+            for publication in due:
+                _publish(publication)
 
 
 class _WatchedLoader(Loader):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from decodiff_anomalib.discrepancy import LATENT_CLIP, LATENT_SIGMA, PIXEL_CLIP, PIXEL_SIGMA
+from decodiff_anomalib.features import PACKAGED_BACKBONE
 
 
 @dataclass(frozen=True)
@@ -12,10 +13,14 @@ class Preset:
 
     Attributes:
         codec: See :func:`decodiff_anomalib.codec.build_codec`.
+        features: A timm backbone whose features join the latents, see
+            :class:`decodiff_anomalib.features.VisualFeatures`; ``None`` for none.
         denoiser: A key of :data:`decodiff_anomalib.denoiser.DENOISER_SIZES`.
         num_steps: Correction steps.
         timestep_spacing: Which timesteps they use, see :class:`decodiff_anomalib.schedule.DeviationSchedule`.
         corruption: ``patches`` of the latents (the paper) or ``defects`` drawn on the images.
+        scale_latents: Whether latents are scaled to the training images, see
+            :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit_latents`; features need it.
         pixel_clip: Saturation of the pixel map; ``None`` for none.
         latent_clip: Saturation of the latent map; ``None`` for none.
         pixel_sigma: Blur of the pixel map in pixels of the working size.
@@ -30,10 +35,12 @@ class Preset:
     """
 
     codec: str = "stabilityai/sd-vae-ft-ema"
+    features: str | None = None
     denoiser: str = "L"
     num_steps: int = 5
     timestep_spacing: Literal["leading", "trailing"] = "leading"
     corruption: Literal["patches", "defects"] = "patches"
+    scale_latents: bool = False
     pixel_clip: float | None = PIXEL_CLIP
     latent_clip: float | None = LATENT_CLIP
     pixel_sigma: float = PIXEL_SIGMA
@@ -51,10 +58,12 @@ PRESETS = {
     "paper": Preset(),
     "balanced": Preset(
         codec="bundled",
+        features=PACKAGED_BACKBONE,
         denoiser="nano",
-        num_steps=2,
+        num_steps=1,
         timestep_spacing="trailing",
         corruption="defects",
+        scale_latents=True,
         pixel_clip=None,
         latent_clip=None,
         train_steps=1000,
@@ -65,10 +74,12 @@ PRESETS = {
     ),
     "fast": Preset(
         codec="bundled",
+        features=PACKAGED_BACKBONE,
         denoiser="nano",
         num_steps=1,
         timestep_spacing="trailing",
         corruption="defects",
+        scale_latents=True,
         pixel_clip=None,
         latent_clip=None,
         train_steps=400,

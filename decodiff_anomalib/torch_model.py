@@ -13,6 +13,7 @@ from decodiff_anomalib.corruption import corrupt_latents
 from decodiff_anomalib.defects import draw_defects
 from decodiff_anomalib.denoiser import SPATIAL_DIVISOR, build_denoiser
 from decodiff_anomalib.discrepancy import fuse, latent_discrepancy, pixel_discrepancy
+from decodiff_anomalib.features import VisualFeatures
 from decodiff_anomalib.presets import Preset
 from decodiff_anomalib.schedule import DeviationSchedule
 
@@ -63,9 +64,10 @@ class DeCoDiffModel(nn.Module):
             nearest = tuple(max(1, round(side / divisor)) * divisor for side in image_size)
             msg = f"image_size={tuple(image_size)} must be multiples of {divisor} pixels, such as {nearest}."
             raise ValueError(msg)
+        self.features = VisualFeatures(preset.features) if preset.features else None
         self.denoiser = build_denoiser(
             preset.denoiser,
-            latent_channels=self.codec.latent_channels,
+            latent_channels=self.codec.latent_channels + (self.features.channels if self.features else 0),
             num_categories=num_categories,
             sample_size=image_size[0] // self.codec.downsample_factor,
         )
@@ -78,9 +80,11 @@ class DeCoDiffModel(nn.Module):
         self.register_buffer("latent_std", torch.ones(self.codec.latent_channels, 1, 1))
 
     def train(self, mode: bool = True) -> "DeCoDiffModel":
-        """Set the mode of the denoiser; the codec is frozen and stays in evaluation mode."""
+        """Set the mode of the denoiser; the frozen parts stay in evaluation mode."""
         super().train(mode)
         self.codec.eval()
+        if self.features:
+            self.features.eval()
         return self
 
     def forward(self, images: torch.Tensor, category: torch.Tensor | None = None) -> InferenceBatch:
@@ -95,19 +99,31 @@ class DeCoDiffModel(nn.Module):
         decoded = self.decode(torch.cat([latents, corrected]))
         reconstruction, correction = decoded.unflatten(0, (2, -1)).unbind()
 
-        preset = self.preset
-        pixel = pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma)
-        latent = latent_discrepancy(corrected, latents, images.shape[-2:], preset.latent_clip, preset.latent_sigma)
-        anomaly_map = fuse(pixel, latent, preset.fusion)
+        size, codec_channels = images.shape[-2:], self.codec.latent_channels
+        maps = [
+            pixel_discrepancy(correction, reconstruction, self.preset.pixel_clip, self.preset.pixel_sigma),
+            latent_discrepancy(
+                corrected[:, :codec_channels],
+                latents[:, :codec_channels],
+                size,
+                self.preset.latent_clip,
+                self.preset.latent_sigma,
+            ),
+        ]
+        if self.features:
+            feature_pair = corrected[:, codec_channels:], latents[:, codec_channels:]
+            maps.append(latent_discrepancy(*feature_pair, size, self.preset.latent_clip, self.preset.latent_sigma))
+        anomaly_map = fuse(*maps, mode=self.preset.fusion)
         return Correction(reconstruction, correction, anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
 
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Latents ``(B, C, h, w)`` of unit variance on the training images, where :meth:`fit_latents` was called."""
-        return (self.codec.encode(images, generator=generator) - self.latent_mean) / self.latent_std
+        """Latents ``(B, C, h, w)``: the codec's, then the features, both scaled by :meth:`fit_latents`."""
+        latents = (self.codec.encode(images, generator=generator) - self.latent_mean) / self.latent_std
+        return torch.cat([latents, self.features(images)], dim=1) if self.features else latents
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images ``(B, 3, H, W)`` of :meth:`encode`'s latents."""
-        return self.codec.decode(latents * self.latent_std + self.latent_mean)
+        """Images ``(B, 3, H, W)`` of :meth:`encode`'s latents; the features are not needed for it."""
+        return self.codec.decode(latents[:, : self.codec.latent_channels] * self.latent_std + self.latent_mean)
 
     @torch.no_grad()
     def fit_latents(self, images: torch.Tensor) -> None:
@@ -121,6 +137,8 @@ class DeCoDiffModel(nn.Module):
         floor = MIN_LATENT_STD * variance.mean().sqrt()
         self.latent_mean.copy_(mean[0])
         self.latent_std.copy_(variance[0].sqrt().clamp_min(floor))
+        if self.features:
+            self.features.fit(images)
 
     def correct(self, latents: torch.Tensor, category: torch.Tensor | None = None) -> torch.Tensor:
         """Undo deviations from ``latents`` ``(B, C, h, w)``, which are taken as the most deviated state: no noise."""

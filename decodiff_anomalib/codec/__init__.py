@@ -27,9 +27,9 @@ def build_codec(codec: str | Path | dict[str, Any] = BUNDLED) -> nn.Module:
         ValueError: If they are of another kind of model.
     """
     if codec == BUNDLED:
-        from .patch import load_bundled
+        from .patch import PatchCodec
 
-        built = load_bundled()
+        built = PatchCodec.load()
     else:
         from .autoencoder import AutoencoderCodec
 

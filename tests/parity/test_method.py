@@ -70,9 +70,8 @@ def compare_schedule(parity_dir: Path) -> Iterator[Comparison]:
     for name, starts in recorded["start_t"].items():
         start = starts[-1]
         steps = DeviationSchedule(num_inference_steps=len(start["unet_t"]))
-        ones, weights = torch.ones(1, 1, 1, 1), []
-        for index in range(steps.num_inference_steps):
-            weights.append(float(-steps.step(torch.zeros_like(ones), ones, index)))
+        zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        weights = [float(-steps.step(zero, one, index)) for index in range(steps.num_inference_steps)]
         yield f"schedule.json {name} step weights", difference(torch.tensor(weights), start["step_weight"]), 2e-7
 
 
@@ -167,7 +166,7 @@ def compare_discrepancy(parity_dir: Path) -> Iterator[Comparison]:
         pixel = pixel_discrepancy(decoded_out, decoded_in)
         latent = latent_discrepancy(latent_out, latent_in, (size, size))
         maps = {"pixel": pixel, "latent": latent}
-        maps |= {mode: fuse(pixel, latent, mode) for mode in ("geometric", "arithmetic")}
+        maps |= {mode: fuse(pixel, latent, mode=mode) for mode in ("geometric", "arithmetic")}
         for name, ours in maps.items():
             yield f"anomaly_map.npz s{size}_{name}", difference(ours[:, 0], recorded[f"s{size}_{name}"]), 1e-6
     for sigma in (1, 3):
