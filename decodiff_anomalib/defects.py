@@ -2,15 +2,18 @@
 
 The deviation to be learned stays the paper's, only its source differs: with ``z`` the latents of the image and ``z'``
 those of the image with a drawn defect, ``eta = z' - z`` and ``z_t = z + s_t eta``. Content comes from the user's own
-normal images or from noise; sizes are in 1/256 of the image side, so that they scale with the working size.
+normal images or from noise. The unit of length is 1/256 of the image's side, so that defects scale with it.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2.functional import gaussian_blur
+
+SIDE = 256
 
 
 class Draw:
@@ -43,61 +46,61 @@ class Draw:
         return F.interpolate(noise, size=(height, width), mode="bicubic", align_corners=True)[0] * 1.4
 
 
-# ---------------------------------------------------------------- where: soft masks (1, H, W) in [0, 1]
+# ---------------------------------------------------------------- where: signed distances (1, H, W), positive inside
 
 
-def _coordinates(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _ellipse(draw: Draw, image: torch.Tensor, radius: float, aspect: float) -> torch.Tensor:
+    """An ellipse somewhere on the image."""
     height, width = image.shape[-2:]
-    rows = torch.arange(height, device=image.device, dtype=image.dtype) * (256 / height)
-    columns = torch.arange(width, device=image.device, dtype=image.dtype) * (256 / width)
-    return rows[:, None], columns[None, :]
-
-
-def _ellipse(draw: Draw, image: torch.Tensor, smallest: float, largest: float, aspect: float) -> torch.Tensor:
-    """Signed distance, positive inside, of an ellipse somewhere on the image."""
-    rows, columns = _coordinates(image)
+    rows = torch.arange(height, device=image.device, dtype=image.dtype)[:, None] * (SIDE / height)
+    columns = torch.arange(width, device=image.device, dtype=image.dtype)[None, :] * (SIDE / width)
     angle, stretch = draw.uniform(0, math.pi), math.sqrt(draw.log_uniform(1, aspect))
-    y, x = rows - draw.uniform(0, 256), columns - draw.uniform(0, 256)
+    y, x = rows - draw.uniform(0, SIDE), columns - draw.uniform(0, SIDE)
     u = (y * math.cos(angle) + x * math.sin(angle)) / stretch
     v = (x * math.cos(angle) - y * math.sin(angle)) * stretch
-    return draw.log_uniform(smallest, largest) - (u.square() + v.square()).sqrt()
+    return radius - (u.square() + v.square()).sqrt()[None]
 
 
 def _slope(field: torch.Tensor) -> torch.Tensor:
+    """How much ``field`` changes over the unit of length."""
     rows, columns = torch.gradient(field, dim=(-2, -1))
-    return (rows.square() + columns.square()).sqrt().clamp_min(1e-4)
+    per_row, per_column = (side / SIDE for side in field.shape[-2:])
+    return ((rows * per_row).square() + (columns * per_column).square()).sqrt().clamp_min(1e-4)
+
+
+def _areas(field: torch.Tensor, share: float) -> torch.Tensor:
+    """Where ``field`` is largest, a ``share`` of the image."""
+    threshold = torch.quantile(field[:, ::4, ::4].flatten(), 1 - share)
+    return (field - threshold) / _slope(field).square().mean().sqrt()
 
 
 def blobs(draw: Draw, image: torch.Tensor) -> torch.Tensor:
-    """One to three spots of one size, with uneven outlines."""
-    largest = draw.log_uniform(3, 40)
-    outline = draw.field(image, draw.log_uniform(5, 25))[0] * draw.uniform(0, 0.3) * largest
-    spots = [_ellipse(draw, image, max(1.5, largest / 3), largest, 3) for _ in range(draw.integer(1, 4))]
-    distance = torch.stack(spots).amax(0) + outline
-    return torch.sigmoid(distance / draw.log_uniform(0.3, 2))[None]
+    """One to four spots with uneven outlines."""
+    spots = []
+    for _ in range(draw.integer(1, 5)):
+        radius = draw.log_uniform(1.5, 40)
+        outline = draw.field(image, draw.log_uniform(5, 25)) * draw.uniform(0, 0.35) * radius
+        spots.append(_ellipse(draw, image, radius, aspect=3) + outline)
+    return torch.stack(spots).amax(0)
 
 
 def scratch(draw: Draw, image: torch.Tensor) -> torch.Tensor:
     """A thin wandering line: the level set of smooth noise through a point, in a window around it."""
-    window = _ellipse(draw, image, 15, 110, 4)
-    field = draw.field(image, draw.log_uniform(1, 5)) + 0.04 * draw.field(image, draw.log_uniform(8, 30))
-    level = field.flatten()[window.argmax()]
-    distance = torch.minimum(draw.log_uniform(0.7, 4) - (field - level).abs() / _slope(field), window)
-    return torch.sigmoid(distance / draw.log_uniform(0.3, 1))
+    window = _ellipse(draw, image, draw.log_uniform(15, 110), aspect=4)
+    field = draw.field(image, draw.log_uniform(1, 5))
+    field = field + 0.05 * draw.uniform() * draw.field(image, draw.log_uniform(8, 30))
+    distance = (field - field.flatten()[window.argmax()]).abs() / _slope(field)
+    return torch.minimum(draw.log_uniform(0.7, 4) - distance, window)
 
 
-def patches(draw: Draw, image: torch.Tensor) -> torch.Tensor:
-    """Irregular areas covering 1 to 30 % of the image: thresholded noise."""
-    field = draw.field(image, draw.log_uniform(2, 12))
-    threshold = torch.quantile(field[:, ::4, ::4].flatten(), 1 - draw.log_uniform(0.01, 0.3))
-    return torch.sigmoid((field - threshold) / _slope(field).mean() / draw.log_uniform(0.3, 2))
+def areas(draw: Draw, image: torch.Tensor) -> torch.Tensor:
+    """Irregular areas covering 1 to 30 % of the image."""
+    return _areas(draw.field(image, draw.log_uniform(2, 12)), draw.log_uniform(0.01, 0.3))
 
 
 def region(draw: Draw, image: torch.Tensor) -> torch.Tensor:
-    """A large part of the image with a soft edge."""
-    field = draw.field(image, draw.uniform(1, 2))
-    threshold = torch.quantile(field[:, ::4, ::4].flatten(), 1 - draw.uniform(0.1, 0.6))
-    return torch.sigmoid((field - threshold) / _slope(field).mean() / draw.log_uniform(2, 20))
+    """A large part of the image."""
+    return _areas(draw.field(image, draw.log_uniform(0.7, 1.6)), draw.uniform(0.1, 0.6))
 
 
 # ---------------------------------------------------------------- what: content (3, H, W)
@@ -124,6 +127,11 @@ def stain(draw: Draw, image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     else:
         tone = torch.rand(3, generator=draw.generator).to(image) * 0.6 - 0.3 + draw.uniform(-0.9, 0.9)
     return tone[:, None, None] + draw.uniform(0, 0.12) * draw.field(image, draw.log_uniform(8, 128))
+
+
+def own_tone(draw: Draw, image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+    """The flat tone of one of the image's own pixels: material added or missing."""
+    return image[:, draw.integer(0, image.shape[1]), draw.integer(0, image.shape[2]), None, None]
 
 
 def texture(draw: Draw, image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
@@ -158,15 +166,40 @@ def warp(draw: Draw, image: torch.Tensor, other: torch.Tensor) -> torch.Tensor: 
     )[0]
 
 
-SHAPES = (blobs, blobs, scratch, patches)
-CONTENTS = (foreign, displaced, stain, texture, illumination, smear, warp)
-REGION_CONTENTS = (texture, illumination, smear)
-REGION_SHARE = 0.1
-MIN_OPACITY = 0.25
+class Kind(NamedTuple):
+    """Defects that go together.
+
+    Attributes:
+        share: Of all drawn defects.
+        shapes: Where, one at random.
+        contents: What, one at random.
+        softness: Width of the edge.
+        opacity: Least opacity; it goes up to 1.
+    """
+
+    share: float
+    shapes: tuple[Callable, ...]
+    contents: tuple[Callable, ...]
+    softness: tuple[float, float]
+    opacity: float
+
+
+KINDS = (
+    # hard to tell from the product, because nothing in them is foreign to it: a closed gap, a missing piece
+    Kind(0.45, (blobs, blobs, blobs, scratch, areas), (own_tone, own_tone, own_tone, displaced, warp), (0.3, 0.8), 1.0),
+    Kind(
+        0.5,
+        (areas, areas, areas, blobs, blobs, blobs, blobs, scratch, scratch),
+        (foreign, displaced, stain, texture, illumination, smear, warp),
+        (0.4, 3.0),
+        0.2,
+    ),
+    Kind(0.05, (region,), (illumination, illumination, smear, texture), (3.0, 30.0), 1.0),
+)
 
 
 def draw_defects(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw one defect on each image.
+    """Draw a defect on each image.
 
     Args:
         images: Normal images ``(B, 3, H, W)`` in [-1, 1].
@@ -176,13 +209,13 @@ def draw_defects(images: torch.Tensor, generator: torch.Generator | None = None)
         torch.Tensor: The images with defects, ``(B, 3, H, W)`` in [-1, 1].
     """
     draw = Draw(generator)
+    shares = torch.tensor([kind.share for kind in KINDS])
     defective = []
     for image in images:
+        kind = KINDS[torch.multinomial(shares, 1, generator=generator).item()]
         other = images[draw.integer(0, len(images))]
-        if draw.uniform() < REGION_SHARE:
-            mask, content = region(draw, image), draw.pick(REGION_CONTENTS)(draw, image, other)
-        else:
-            mask, content = draw.pick(SHAPES)(draw, image), draw.pick(CONTENTS)(draw, image, other)
-        opacity = draw.uniform(MIN_OPACITY, 1)
-        defective.append(image + opacity * mask * (content.clamp(-1, 1) - image))
+        distance = draw.pick(kind.shapes)(draw, image)
+        content = draw.pick(kind.contents)(draw, image, other).clamp(-1, 1)
+        mask = torch.sigmoid(2 * distance / draw.log_uniform(*kind.softness))
+        defective.append(image + draw.uniform(kind.opacity, 1) * mask * (content - image))
     return torch.stack(defective)

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 LIGHTNING_DEFAULT_EPOCHS = 1000
 VALIDATIONS_PER_FIT = 3
 FINAL_LEARNING_RATE = 0.02
-MAX_LATENT_FIT_IMAGES = 128
+MAX_FIT_IMAGES = 128
 
 
 class DeCoDiff(AnomalibModule):
@@ -237,14 +237,25 @@ class DeCoDiff(AnomalibModule):
         self._began, self._began_at_step = time.monotonic(), self.trainer.global_step
 
     def _fit_latents(self) -> None:
-        """Fit the scale of the latents to the first training batches, the same on every process."""
+        """Fit the scale of the latents to the first training batches."""
         images: list[torch.Tensor] = []
-        for batch in self.trainer.train_dataloader:
-            prepared = self.on_before_batch_transfer(batch, dataloader_idx=0).image
-            images.extend(self.pre_processor.transform(prepared) if self.pre_processor else prepared)
-            if len(images) >= MAX_LATENT_FIT_IMAGES:
+        for batch in self._prepared(self.trainer.train_dataloader):
+            images.extend(batch.image)
+            if len(images) >= MAX_FIT_IMAGES:
                 break
-        self.model.fit_latents(torch.stack(images[:MAX_LATENT_FIT_IMAGES]).to(self.device))
+        self.model.fit_latents(torch.stack(images[:MAX_FIT_IMAGES]).to(self.device))
+        self._same_everywhere()
+
+    def _prepared(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches of a loader as a step receives them, on the CPU."""
+        for batch in loader:
+            batch = self.on_before_batch_transfer(batch, dataloader_idx=0)  # noqa: PLW2901
+            if self.pre_processor:
+                batch.image = self.pre_processor.transform(batch.image)
+            yield batch
+
+    def _same_everywhere(self) -> None:
+        """Give every process the buffers of the first: each saw its own share of the images."""
         for buffer in self.model.buffers():
             buffer.copy_(self.trainer.strategy.broadcast(buffer))
 
@@ -265,7 +276,8 @@ class DeCoDiff(AnomalibModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Predict the deviation of corrupted normal images."""
         del batch_idx
-        loss = self.model.training_loss(batch.image, generator=self._generator)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._trains_in_bfloat16):
+            loss = self.model.training_loss(batch.image, generator=self._generator)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.image))
         done = self.trainer.global_step - self._began_at_step
         if done and not math.isinf(self._total_steps):
@@ -273,6 +285,30 @@ class DeCoDiff(AnomalibModule):
             left = pace * max(0, self._total_steps - self.trainer.global_step)
             self.log("minutes_left", left, prog_bar=True, logger=False, batch_size=len(batch.image))
         return loss
+
+    @property
+    def _trains_in_bfloat16(self) -> bool:
+        """Whether the preset asks for it, the user did not choose a precision, and the hardware computes it."""
+        if not self.settings.mixed_precision or self.trainer.precision != "32-true":
+            return False
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return self.device.type == "cpu" and capabilities.get("avx512_bf16", False)
+
+    def on_validation_epoch_start(self) -> None:
+        """Measure the correction of normal images, in whose unit anomalies are stated."""
+        if not self.settings.scale_latents or self.trainer.sanity_checking:
+            return
+        images: list[torch.Tensor] = []
+        for batch in self._prepared(self.trainer.val_dataloaders):
+            normal = slice(None) if batch.gt_label is None else ~batch.gt_label.bool()
+            images.extend(batch.image[normal])
+            if len(images) >= MAX_FIT_IMAGES:
+                break
+        if images:
+            self.model.fit_normal_deviation(torch.stack(images[:MAX_FIT_IMAGES]).to(self.device))
+            self._same_everywhere()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Score normal images; the post-processor sets its thresholds on them."""

@@ -72,8 +72,8 @@ class DeCoDiffPostProcessor(PostProcessor):
         if not normal.any():
             return
         maps = outputs.anomaly_map[normal].flatten(1).float()
-        # ten times the share asked for, of each image, holds that share of all of them
-        tail = math.ceil(min(1.0, 10 * self.pixel_false_alarm_rate) * maps.shape[1])
+        # fifty times the share asked for, of each image, holds that share of all of them even where images differ
+        tail = math.ceil(min(1.0, 50 * self.pixel_false_alarm_rate) * maps.shape[1])
         self._normal_scores.update(outputs.pred_score[normal].flatten().float())
         self._normal_pixel_tails.update(maps.topk(tail, dim=1).values.flatten())
         self._normal_pixel_count.update(maps.numel())

@@ -1,5 +1,6 @@
 """DeCo-Diff from image to anomaly map, top to bottom."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ from decodiff_anomalib.denoiser import SPATIAL_DIVISOR, build_denoiser
 from decodiff_anomalib.discrepancy import fuse, latent_discrepancy, pixel_discrepancy
 from decodiff_anomalib.features import VisualFeatures
 from decodiff_anomalib.presets import Preset
+from decodiff_anomalib.replay import Replay
 from decodiff_anomalib.schedule import DeviationSchedule
 
-MIN_LATENT_STD = 0.1
+MIN_LATENT_STD = 0.2
+REPLAY_CAPACITY = 512
 
 
 class Correction(NamedTuple):
@@ -65,9 +68,10 @@ class DeCoDiffModel(nn.Module):
             msg = f"image_size={tuple(image_size)} must be multiples of {divisor} pixels, such as {nearest}."
             raise ValueError(msg)
         self.features = VisualFeatures(preset.features) if preset.features else None
+        latent_channels = self.codec.latent_channels + (self.features.channels if self.features else 0)
         self.denoiser = build_denoiser(
             preset.denoiser,
-            latent_channels=self.codec.latent_channels + (self.features.channels if self.features else 0),
+            latent_channels=latent_channels,
             num_categories=num_categories,
             sample_size=image_size[0] // self.codec.downsample_factor,
         )
@@ -77,7 +81,10 @@ class DeCoDiffModel(nn.Module):
         self.latent_mean: torch.Tensor
         self.latent_std: torch.Tensor
         self.register_buffer("latent_mean", torch.zeros(self.codec.latent_channels, 1, 1))
+        self.normal_deviation: torch.Tensor
         self.register_buffer("latent_std", torch.ones(self.codec.latent_channels, 1, 1))
+        self.register_buffer("normal_deviation", torch.ones(latent_channels, 1, 1))
+        self._replay = Replay(REPLAY_CAPACITY)
 
     def train(self, mode: bool = True) -> "DeCoDiffModel":
         """Set the mode of the denoiser; the frozen parts stay in evaluation mode."""
@@ -99,26 +106,17 @@ class DeCoDiffModel(nn.Module):
         decoded = self.decode(torch.cat([latents, corrected]))
         reconstruction, correction = decoded.unflatten(0, (2, -1)).unbind()
 
-        size, codec_channels = images.shape[-2:], self.codec.latent_channels
-        maps = [
-            pixel_discrepancy(correction, reconstruction, self.preset.pixel_clip, self.preset.pixel_sigma),
-            latent_discrepancy(
-                corrected[:, :codec_channels],
-                latents[:, :codec_channels],
-                size,
-                self.preset.latent_clip,
-                self.preset.latent_sigma,
-            ),
-        ]
-        if self.features:
-            feature_pair = corrected[:, codec_channels:], latents[:, codec_channels:]
-            maps.append(latent_discrepancy(*feature_pair, size, self.preset.latent_clip, self.preset.latent_sigma))
-        anomaly_map = fuse(*maps, mode=self.preset.fusion)
+        preset, size = self.preset, images.shape[-2:]
+        pixel = pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma)
+        scale = self.normal_deviation
+        latent = latent_discrepancy(corrected / scale, latents / scale, size, preset.latent_clip, preset.latent_sigma)
+        anomaly_map = fuse(pixel, latent, mode=preset.fusion)
         return Correction(reconstruction, correction, anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
 
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Latents ``(B, C, h, w)``: the codec's, then the features, both scaled by :meth:`fit_latents`."""
-        latents = (self.codec.encode(images, generator=generator) - self.latent_mean) / self.latent_std
+        with torch.autocast(images.device.type, enabled=False):  # deviations are small differences of latents
+            latents = (self.codec.encode(images, generator=generator) - self.latent_mean) / self.latent_std
         return torch.cat([latents, self.features(images)], dim=1) if self.features else latents
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -139,6 +137,16 @@ class DeCoDiffModel(nn.Module):
         self.latent_std.copy_(variance[0].sqrt().clamp_min(floor))
         if self.features:
             self.features.fit(images)
+
+    @torch.no_grad()
+    def fit_normal_deviation(self, images: torch.Tensor) -> None:
+        """Measure how much each latent channel of normal ``images`` ``(N, 3, H, W)`` is corrected, on average.
+
+        Discrepancies are stated in this unit, so that a channel which is always corrected a little drowns no other.
+        """
+        latents = self.encode(images)
+        deviation = (self.correct(latents) - latents).abs().mean(dim=(0, 2, 3))
+        self.normal_deviation.copy_(deviation.clamp_min(torch.finfo(deviation.dtype).tiny).view(-1, 1, 1))
 
     def correct(self, latents: torch.Tensor, category: torch.Tensor | None = None) -> torch.Tensor:
         """Undo deviations from ``latents`` ``(B, C, h, w)``, which are taken as the most deviated state: no noise."""
@@ -162,14 +170,16 @@ class DeCoDiffModel(nn.Module):
             generator: Source of all randomness, on the CPU.
         """
         with torch.no_grad():
-            latents = self.encode(images, generator=generator)
             timesteps = torch.randint(self.schedule.num_train_timesteps, (len(images),), generator=generator)
             timesteps = timesteps.to(images.device)
             if self.preset.corruption == "patches":
+                latents = self.encode(images, generator=generator)
                 noise, mask = corrupt_latents(latents, generator=generator)
                 deviation = self.schedule.target(latents, noise, mask, timesteps)
             else:
-                deviation = self.encode(draw_defects(images, generator=generator)) - latents
+                fresh = images[: math.ceil(self.preset.fresh_share * len(images))]
+                latents, defective = self.encode(torch.cat([fresh, draw_defects(fresh, generator)])).chunk(2)
+                latents, deviation = self._replay.exchange(latents, defective - latents, len(images), generator)
             deviated = self.schedule.deviate(latents, deviation, timesteps)
         predicted = self.denoiser(deviated, timesteps, self._category_of(latents, category))
         return (deviation - predicted).square().mean()

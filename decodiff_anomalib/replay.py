@@ -1,0 +1,43 @@
+"""Recent training samples, used several times: drawing and encoding a defect costs more than learning from it."""
+
+import torch
+
+
+class Replay:
+    """A ring of the most recent deviations, kept in half precision.
+
+    Args:
+        capacity: Samples kept.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._next = 0
+
+    def exchange(
+        self, latents: torch.Tensor, deviation: torch.Tensor, batch_size: int, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep fresh samples and return them with older ones.
+
+        Args:
+            latents: Fresh clean latents ``(F, C, h, w)``.
+            deviation: Their deviations ``(F, C, h, w)``.
+            batch_size: Samples to return, at least ``F``.
+            generator: Source of randomness, on the CPU.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: Latents and deviations ``(batch_size, C, h, w)``.
+        """
+        for sample in zip(latents.half(), deviation.half(), strict=True):
+            if len(self._samples) < self.capacity:
+                self._samples.append(sample)
+            else:
+                self._samples[self._next] = sample
+            self._next = (self._next + 1) % self.capacity
+        drawn = torch.randint(len(self._samples), (batch_size - len(latents),), generator=generator).tolist()
+        older = [self._samples[index] for index in drawn]
+        return (
+            torch.cat([latents, *(sample[0][None].to(latents) for sample in older)]),
+            torch.cat([deviation, *(sample[1][None].to(deviation) for sample in older)]),
+        )
