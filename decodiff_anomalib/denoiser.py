@@ -5,6 +5,7 @@ category, so a small model loses nothing by attending only at its lowest resolut
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,12 +112,15 @@ class Denoiser(nn.Module):
 
 
 def build_denoiser(
-    size: str | DenoiserSize, latent_channels: int = 4, num_categories: int = 1, sample_size: int = 32
+    size: str | dict[str, Any] | DenoiserSize,
+    latent_channels: int = 4,
+    num_categories: int = 1,
+    sample_size: int = 32,
 ) -> Denoiser:
     """Build the UNet of a named size.
 
     Args:
-        size: A key of :data:`DENOISER_SIZES` or a shape of your own.
+        size: A key of :data:`DENOISER_SIZES`, or a shape of your own, as such or as a dictionary of its fields.
         latent_channels: Channels of the codec's latents.
         num_categories: Number of product categories.
         sample_size: Side of the latents.
@@ -129,4 +133,6 @@ def build_denoiser(
             msg = f"denoiser={size!r} is unknown; valid: {', '.join(DENOISER_SIZES)}."
             raise ValueError(msg)
         size = DENOISER_SIZES[size]
+    elif isinstance(size, dict):
+        size = DenoiserSize(**size)
     return Denoiser(size, latent_channels, num_categories, sample_size)

@@ -1,10 +1,12 @@
 """DeCoDiff as Anomalib's users know their models."""
 
+import inspect
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -25,6 +28,7 @@ from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.presets import PRESETS, Preset
 from decodiff_anomalib.torch_model import DeCoDiffModel
 from decodiff_anomalib.visualizer import DeCoDiffVisualizer
+from decodiff_anomalib.weights import load_pretrained, transfer
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +52,16 @@ class DeCoDiff(AnomalibModule):
         codec: ``bundled``, or a hub id, folder or file of a diffusers autoencoder.
         features: timm backbone whose features join the latents; ``none`` for none.
         denoiser: Size of the UNet: ``nano``, ``tiny``, ``XS``, ``S``, ``M``, ``L``, ``XL``.
+        weights: Trained denoiser to use: a folder that `decodiff convert` wrote, or a hub id. It brings its size, its
+            categories and, where known, its codec.
+        init_from: The same, to start training from. The denoiser must be of its size; categories may be fewer or more.
         num_steps: Correction steps at inference, 1 to 10.
         corruption: ``defects`` drawn on images, or ``patches`` of the latents, as published.
         train_steps: Optimiser steps. A duration given to the trainer (``max_epochs``, ``max_steps``, ``max_time``)
             goes first.
         learning_rate: Peak learning rate.
         ema_decay: Decay of the weight average that is tested and saved; 0 keeps the last weights.
+        settings: Any other fields of :class:`decodiff_anomalib.presets.Preset`, such as ``{pixel_sigma: 5}``.
         calibration_split: Share of the training images held out to set thresholds where the datamodule would use test
             images; 0 lets it use them.
         false_alarm_rate: Share of normal images to be called anomalous, which sets the threshold.
@@ -73,12 +81,15 @@ class DeCoDiff(AnomalibModule):
         image_size: int | tuple[int, int] = 256,
         codec: str | Path | dict[str, Any] | None = None,
         features: str | None = None,
-        denoiser: str | None = None,
+        denoiser: str | dict[str, Any] | None = None,
+        weights: str | Path | None = None,
+        init_from: str | Path | None = None,
         num_steps: int | None = None,
         corruption: str | None = None,
         train_steps: int | None = None,
         learning_rate: float | None = None,
         ema_decay: float | None = None,
+        settings: dict[str, Any] | None = None,
         calibration_split: float = 0.15,
         false_alarm_rate: float = 0.01,
         seed: int = 0,
@@ -94,6 +105,15 @@ class DeCoDiff(AnomalibModule):
         if preset not in PRESETS:
             msg = f"preset={preset!r} is unknown; valid: {', '.join(PRESETS)}."
             raise ValueError(msg)
+        if weights and (denoiser or init_from):
+            msg = f"weights={str(weights)!r} brings its denoiser; leave denoiser and init_from out."
+            raise ValueError(msg)
+        pretrained, config = load_pretrained(weights or init_from) if weights or init_from else (None, None)
+        if weights:
+            denoiser, codec = config.denoiser, codec or config.codec
+        if corruption not in {None, "patches", "defects"}:
+            msg = f"corruption={corruption!r} is unknown; valid: patches, defects."
+            raise ValueError(msg)
         if not 0 <= calibration_split < 1:
             msg = f"calibration_split={calibration_split} must be at least 0 and below 1."
             raise ValueError(msg)
@@ -107,14 +127,24 @@ class DeCoDiff(AnomalibModule):
             "ema_decay": ema_decay,
         }
         given = {name: None if value == "none" else value for name, value in given.items() if value is not None}
-        self.settings: Preset = replace(PRESETS[preset], **given)
+        unknown = set(settings or {}) - {field.name for field in fields(Preset)}
+        if unknown:
+            msg = f"settings has no {', '.join(sorted(unknown))}; it has: {', '.join(f.name for f in fields(Preset))}."
+            raise ValueError(msg)
+        self.settings: Preset = replace(PRESETS[preset], **given, **(settings or {}))
         self.seed = seed
         self.calibration_split = calibration_split
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model = DeCoDiffModel(self.settings, self._image_size, codec=codec)
+        self._num_categories = config.num_categories if weights else 1
+        self.model = self._build_model(codec)
+        if pretrained is not None:
+            transfer(pretrained, self.model.denoiser)
         self._wide_paths: frozenset[str] = frozenset()
-        self._data_before_hold_out: tuple[AnomalibDataModule, Any, Any] | None = None
+        self._lent: dict[str, Any] = {}
+
+    def _build_model(self, codec: str | Path | dict[str, Any] | None) -> DeCoDiffModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return DeCoDiffModel(self.settings, self._image_size, self._num_categories, codec=codec)
 
     # ---------------------------------------------------------------- what Anomalib asks for
 
@@ -174,6 +204,8 @@ class DeCoDiff(AnomalibModule):
             seed_everything(self.seed, workers=True)
             self._generator = torch.Generator().manual_seed(self.seed + self.global_rank)
             if datamodule is not None:
+                # more processes than cores only cost time, every epoch anew
+                self._lend(datamodule, num_workers=min(datamodule.num_workers, os.cpu_count() or 1))
                 self._hold_out_normals(datamodule, stage)
         subsets = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}
         self._inspect(*(getattr(datamodule, name, None) for name in subsets.get(stage, ())))
@@ -200,28 +232,30 @@ class DeCoDiff(AnomalibModule):
                 "calibration_split=0 uses the datamodule's own validation images."
             )
             raise ValueError(msg)
-        self._data_before_hold_out = datamodule, train_data, getattr(datamodule, "val_data", None)
-        datamodule.train_data, datamodule.val_data = random_split(train_data, self.calibration_split, seed=self.seed)
+        remaining, held_out = random_split(train_data, self.calibration_split, seed=self.seed)
+        self._lend(datamodule, train_data=remaining, val_data=held_out)
         datamodule.setup(stage)  # gives the held-out images the augmentations of validation
         logger.info(
             "Held out %d of %d training images to set thresholds; test images are not used for it.",
-            len(datamodule.val_data),
+            len(held_out),
             len(train_data),
         )
 
+    def _lend(self, datamodule: AnomalibDataModule, **attributes: object) -> None:
+        """Change attributes of the datamodule for the duration of the fit."""
+        self._lent |= {name: getattr(datamodule, name, None) for name in attributes}
+        vars(datamodule).update(attributes)
+
     def teardown(self, stage: str) -> None:
-        """Give the datamodule its images back, so that the next model finds it as it was."""
-        if stage == "fit" and self._data_before_hold_out is not None:
-            datamodule, datamodule.train_data, val_data = self._data_before_hold_out
-            if val_data is None:
-                del datamodule.val_data
-            else:
-                datamodule.val_data = val_data
-            self._data_before_hold_out = None
+        """Give the datamodule back as it was, for the next model."""
+        if stage == "fit" and self.trainer.datamodule is not None:
+            vars(self.trainer.datamodule).update(self._lent)
+            self._lent = {}
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Read 16-bit images at their depth."""
+        """Read 16-bit images at their depth, and remember the size images came in."""
         del dataloader_idx
+        self._incoming_size = batch.image.shape[-2:]
         if self._wide_paths:
             restore_depth(batch, self._wide_paths)
         return batch
@@ -354,19 +388,67 @@ class DeCoDiff(AnomalibModule):
         return batch
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
-        """As :meth:`test_step`."""
-        return self.test_step(batch, batch_idx, dataloader_idx)
+        """As :meth:`test_step`, with maps at the size the images came in."""
+        batch = self.test_step(batch, batch_idx, dataloader_idx)
+        if batch.anomaly_map.shape[-2:] != self._incoming_size:
+            batch.anomaly_map = F.interpolate(batch.anomaly_map, size=self._incoming_size, mode="bilinear")
+        return batch
 
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint enough to restore everything, and hold the frozen codec once."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["hyper_parameters"]["codec"] = self.model.codec.spec
+        # The weights are in the checkpoint, and their size is in what it says about the model.
+        checkpoint["hyper_parameters"] |= {"codec": self.model.codec.spec, "weights": None, "init_from": None}
+        checkpoint["decodiff"] = self._identity()
         unaveraged = checkpoint.get("current_model_state", {})
         for name in unaveraged:
-            if name.startswith("model.codec."):
+            if name.startswith(("model.codec.", "model.features.")):
                 unaveraged[name] = checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Become the model that was saved, whatever the command line said besides the checkpoint.
+
+        Only ``num_steps`` can be chosen anew.
+
+        Raises:
+            ValueError: If the checkpoint is another model's, or contradicts an argument that was given.
+        """
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("decodiff")
+        if saved is None:
+            msg = "The checkpoint is not DeCoDiff's. Give one that `anomalib train --model DeCoDiff` wrote."
+            raise ValueError(msg)
+        mine = self._identity()
+        for name in ("image_size", "codec", "features", "denoiser"):
+            if self._was_given(name) and saved[name] != mine[name]:
+                msg = (
+                    f"The checkpoint was trained with {name}={saved[name]!r}, the model is to have {mine[name]!r}. "
+                    f"Leave --model.{name} out, or give another checkpoint."
+                )
+                raise ValueError(msg)
+        num_steps = {"num_steps": self.settings.num_steps} if self._was_given("num_steps") else {}
+        self.settings = replace(Preset(**saved["settings"]), **num_steps)
+        self._image_size, self._num_categories = tuple(saved["image_size"]), saved["num_categories"]
+        if {**mine, "settings": None} != {**saved, "settings": None}:
+            logger.info("The checkpoint was trained with %s; following it.", saved)
+        self.model = self._build_model(saved["codec"]).to(self.device)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint says about the model that it holds, in plain data."""
+        return {
+            "image_size": list(self._image_size),
+            "codec": self.model.codec.spec,
+            "features": self.settings.features,
+            "denoiser": self.settings.denoiser,
+            "num_categories": self._num_categories,
+            "settings": asdict(self.settings),
+        }
+
+    def _was_given(self, name: str) -> bool:
+        default = inspect.signature(DeCoDiff.__init__).parameters[name].default
+        return self.hparams[name] != default
 
 
 def _as_size(image_size: int | Sequence[int]) -> tuple[int, int]:

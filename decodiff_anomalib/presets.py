@@ -1,7 +1,7 @@
 """Three words for thirty numbers."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from decodiff_anomalib.discrepancy import LATENT_CLIP, LATENT_SIGMA, PIXEL_CLIP, PIXEL_SIGMA
 from decodiff_anomalib.features import PACKAGED_BACKBONE
@@ -15,11 +15,12 @@ class Preset:
         codec: See :func:`decodiff_anomalib.codec.build_codec`.
         features: A timm backbone whose features join the latents, see
             :class:`decodiff_anomalib.features.VisualFeatures`; ``None`` for none.
-        denoiser: A key of :data:`decodiff_anomalib.denoiser.DENOISER_SIZES`.
+        denoiser: See :func:`decodiff_anomalib.denoiser.build_denoiser`.
         num_steps: Correction steps.
         timestep_spacing: Which timesteps they use, see :class:`decodiff_anomalib.schedule.DeviationSchedule`.
         corruption: ``patches`` of the latents (the paper) or ``defects`` drawn on the images.
-        fresh_share: Share of a training batch that gets new defects; the rest repeats recent ones.
+        fresh_per_step: Images of a training batch that get new defects, with ``corruption="defects"``.
+        samples_per_step: Samples the denoiser learns from in one step: the fresh ones and recent ones.
         scale_latents: Whether latents are scaled to the training images, see
             :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit_latents`; features need it.
         pixel_clip: Saturation of the pixel map; ``None`` for none.
@@ -38,11 +39,12 @@ class Preset:
 
     codec: str = "stabilityai/sd-vae-ft-ema"
     features: str | None = None
-    denoiser: str = "L"
+    denoiser: str | dict[str, Any] = "L"
     num_steps: int = 5
     timestep_spacing: Literal["leading", "trailing"] = "leading"
     corruption: Literal["patches", "defects"] = "patches"
-    fresh_share: float = 1.0
+    fresh_per_step: int = 4
+    samples_per_step: int = 16
     scale_latents: bool = False
     pixel_clip: float | None = PIXEL_CLIP
     latent_clip: float | None = LATENT_CLIP
@@ -65,11 +67,10 @@ BALANCED = Preset(
     num_steps=1,
     timestep_spacing="trailing",
     corruption="defects",
-    fresh_share=0.25,
     scale_latents=True,
     pixel_clip=None,
     latent_clip=None,
-    train_steps=600,
+    train_steps=900,
     warmup_steps=50,
     learning_rate=1e-3,
     weight_decay=1e-2,
@@ -78,4 +79,4 @@ BALANCED = Preset(
     mixed_precision=True,
 )
 
-PRESETS = {"paper": Preset(), "balanced": BALANCED, "fast": replace(BALANCED, train_steps=200)}
+PRESETS = {"paper": Preset(), "balanced": BALANCED, "fast": replace(BALANCED, train_steps=300)}

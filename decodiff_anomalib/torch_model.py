@@ -1,6 +1,5 @@
 """DeCo-Diff from image to anomaly map, top to bottom."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,17 +168,19 @@ class DeCoDiffModel(nn.Module):
             category: Category index ``(B,)``.
             generator: Source of all randomness, on the CPU.
         """
+        steps = self.schedule.num_train_timesteps
         with torch.no_grad():
-            timesteps = torch.randint(self.schedule.num_train_timesteps, (len(images),), generator=generator)
-            timesteps = timesteps.to(images.device)
             if self.preset.corruption == "patches":
                 latents = self.encode(images, generator=generator)
+                timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
                 noise, mask = corrupt_latents(latents, generator=generator)
                 deviation = self.schedule.target(latents, noise, mask, timesteps)
             else:
-                fresh = images[: math.ceil(self.preset.fresh_share * len(images))]
+                fresh = images[: self.preset.fresh_per_step]
                 latents, defective = self.encode(torch.cat([fresh, draw_defects(fresh, generator)])).chunk(2)
-                latents, deviation = self._replay.exchange(latents, defective - latents, len(images), generator)
+                num_samples = max(len(fresh), self.preset.samples_per_step)
+                latents, deviation = self._replay.exchange(latents, defective - latents, num_samples, generator)
+                timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
             deviated = self.schedule.deviate(latents, deviation, timesteps)
         predicted = self.denoiser(deviated, timesteps, self._category_of(latents, category))
         return (deviation - predicted).square().mean()

@@ -1,0 +1,142 @@
+"""Anomalib's own models, engine and command line run on several categories as they do on one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from anomalib.data import AnomalibDataModule
+from anomalib.engine import Engine
+from anomalib.models import Padim
+from PIL import Image
+
+from decodiff_anomalib.data import MultiCategory
+from decodiff_anomalib.data.multi_category import CategoryBatch
+
+TEST = {"bolt": {"good": 2, "dent": 3}, "felt": {"good": 2, "hole": 2}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Noise with a bright square as its defect; the second category differs in size and colour and has no masks."""
+    root = tmp_path_factory.mktemp("data") / "parts"
+    rng = np.random.default_rng(0)
+    for category, shape in {"bolt": (64, 64, 3), "felt": (48, 80)}.items():
+        counts = {("train", "good"): 14} | {("test", label): count for label, count in TEST[category].items()}
+        for (split, label), count in counts.items():
+            folder = root / category / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                image = rng.integers(60, 100, shape).astype(np.uint8)
+                mask = np.zeros(shape[:2], np.uint8)
+                if label != "good":
+                    image[16:32, 16:32] = 250
+                    mask[16:32, 16:32] = 255
+                Image.fromarray(image).save(folder / f"{index:03d}.png")
+                if category == "bolt" and label != "good":
+                    truth = root / category / "ground_truth" / label / f"{index:03d}_mask.png"
+                    truth.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(mask).save(truth)
+    return root
+
+
+@pytest.fixture(scope="module")
+def datamodule(root):
+    return MultiCategory(root, train_batch_size=8, eval_batch_size=4, num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def padim():
+    return Padim(
+        layers=["layer1"],
+        pre_trained=False,
+        n_features=4,
+        pre_processor=Padim.configure_pre_processor(image_size=(64, 64)),
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, padim, datamodule):
+    engine = Engine(default_root_dir=tmp_path_factory.mktemp("results"), accelerator="cpu", logger=False)
+    engine.fit(padim, datamodule=datamodule)
+    return engine
+
+
+def expected_pictures():
+    return {
+        Path(category, "test", label, f"{index:03d}.png")
+        for category, labels in TEST.items()
+        for label, count in labels.items()
+        for index in range(count)
+    }
+
+
+def pictures(results):
+    return {path.relative_to(images) for images in results.rglob("images") for path in images.rglob("*.png")}
+
+
+def run_anomalib(directory, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", "from anomalib.cli.cli import main; main()", *map(str, arguments)],
+        cwd=directory,
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_padim_trains_and_tests_and_no_picture_is_overwritten(engine, padim, datamodule):
+    (figures,) = engine.test(padim, datamodule=datamodule)
+
+    assert figures["image_AUROC"] == 1  # a bright square on noise: anything less means mixed-up labels
+    assert figures["pixel_AUROC"] > 0.9
+    assert pictures(Path(engine.trainer.default_root_dir)) == expected_pictures()
+
+
+def test_padim_predicts_with_the_category_in_the_batch(engine, padim, datamodule):
+    predictions = engine.predict(padim, datamodule=datamodule)
+
+    assert all(isinstance(batch, CategoryBatch) for batch in predictions)
+    items = [item for batch in predictions for item in batch]
+    assert len(items) == 9
+    for item in items:
+        assert f"/parts/{item.category}/test/" in item.image_path
+        assert item.anomaly_map.shape == (64, 64)
+
+
+def test_command_line_trains_on_a_root(root, tmp_path):
+    data = ["--data", "MultiCategory", "--data.root", root, "--data.categories", "[felt,bolt]"]
+    loading = ["--data.num_workers", 0, "--data.train_batch_size", 8]
+    model = ["--model", "Padim", "--model.pre_trained", "false", "--model.layers", "[layer1]", "--model.n_features", 4]
+
+    result = run_anomalib(tmp_path, "train", *model, *data, *loading, "--trainer.accelerator", "cpu")
+
+    assert result.returncode == 0, result.stderr
+    assert "2 categories:" in result.stdout + result.stderr
+    assert (tmp_path / "results" / "Padim" / "parts").is_dir()
+    assert pictures(tmp_path / "results") == expected_pictures()
+
+
+def test_configuration_takes_any_datamodules(root, tmp_path):
+    folder = {"name": "cloth", "root": str(root / "felt"), "normal_dir": "train/good", "normal_test_dir": "test/good"}
+    inner = {
+        "screws": {"class_path": "MVTecAD", "init_args": {"root": str(root), "category": "bolt"}},
+        "cloth": {"class_path": "Folder", "init_args": folder},
+    }
+    config = tmp_path / "data.yaml"
+    config.write_text(yaml.safe_dump({"class_path": "MultiCategory", "init_args": {"datamodules": inner}}))
+
+    datamodule = AnomalibDataModule.from_config(config)
+    datamodule.setup()
+
+    assert {name: type(given).__name__ for name, given in datamodule.datamodules.items()} == {
+        "screws": "MVTecAD",
+        "cloth": "Folder",
+    }
+    assert datamodule.counts["train normal"].to_dict() == {"screws": 12, "cloth": 12, "total": 24}
+    assert datamodule.counts["test normal"].to_dict() == {"screws": 2, "cloth": 2, "total": 4}

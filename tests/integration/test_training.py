@@ -1,0 +1,246 @@
+"""DeCoDiff through Anomalib's own command line and engine: trained once, small, on photographed gravel."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder, MVTecAD
+from anomalib.engine import Engine
+from PIL import Image
+
+from decodiff_anomalib import DeCoDiff
+from decodiff_anomalib.data import DemoTextures
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = {"image_size": 128, "train_steps": 100}
+
+
+def anomalib(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    program = [sys.executable, "-c", "from anomalib.cli.cli import main; main()"]
+    result = subprocess.run(
+        [*program, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def gravel(data_root: Path) -> Path:
+    """The demo category as a plain folder in MVTec AD's layout."""
+    datamodule = DemoTextures(root=data_root)
+    datamodule.prepare_data()
+    return Path(datamodule.root) / datamodule.category
+
+
+@pytest.fixture(scope="module")
+def run(data_root: Path, gravel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the README's quick start, shortened."""
+    results = tmp_path_factory.mktemp("results")
+    config = REPOSITORY / "configs" / "quickstart.yaml"
+    given = [f"--model.{name}={value}" for name, value in SMALL.items()]
+    printed = anomalib("train", "--config", config, *given, "--data.root", data_root, "--default_root_dir", results)
+    (results / "printed.txt").write_text(printed.stdout)
+    return results
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run: Path) -> Path:
+    return next(run.rglob("v0/weights/lightning/model.ckpt"))
+
+
+def test_quick_start_finds_defects_and_prints_the_figures(run: Path) -> None:
+    printed = (run / "printed.txt").read_text()
+    figures = {}
+    for name in ("image_AUROC", "image_AUPR", "image_F1Max", "pixel_AUROC", "pixel_AUPR", "pixel_AUPRO", "pixel_F1Max"):
+        line = next(line for line in printed.splitlines() if f" {name} " in line)
+        figures[name] = float(line.split("│")[2])
+    assert figures["image_AUROC"] > 0.75, figures
+    assert figures["pixel_AUROC"] > 0.8, figures
+    assert figures["pixel_AUPR"] > 0.1, figures
+
+
+def test_every_test_image_has_a_picture_with_its_correction(run: Path) -> None:
+    pictures = sorted(path.relative_to(path.parents[1]) for path in run.rglob("v0/images/*/*.png"))
+    assert len(pictures) == 64
+    assert len({path.parts[0] for path in pictures}) == 6
+    width, height = Image.open(next(run.rglob("images/crack/*.png"))).size
+    assert width > 4 * height  # image, mask, two overlays, correction
+
+
+def scores(engine: Engine, datamodule: DemoTextures, **arguments) -> dict[str, torch.Tensor]:
+    batches = engine.predict(datamodule=datamodule, **arguments)
+    return {
+        "pred_score": torch.cat([batch.pred_score for batch in batches]),
+        "anomaly_map": torch.cat([batch.anomaly_map for batch in batches]),
+        "pred_label": torch.cat([batch.pred_label for batch in batches]),
+    }
+
+
+def test_a_checkpoint_alone_restores_everything_to_the_bit(checkpoint: Path, data_root: Path, tmp_path: Path) -> None:
+    datamodule = DemoTextures(root=data_root)
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    loaded = DeCoDiff.load_from_checkpoint(checkpoint)
+    direct = scores(engine, datamodule, model=loaded)
+    through_engine = scores(engine, datamodule, model=DeCoDiff(), ckpt_path=checkpoint)  # other size, other preset
+    for name, value in direct.items():
+        assert torch.equal(value, through_engine[name]), name
+    assert 0 < direct["pred_label"].float().mean() < 1
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert any(name.startswith("model.codec.") for name in state)
+
+
+def test_a_checkpoint_that_contradicts_an_argument_is_refused(
+    checkpoint: Path, data_root: Path, tmp_path: Path
+) -> None:
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    with pytest.raises(ValueError, match=r"trained with denoiser='nano', the model is to have 'tiny'"):
+        engine.test(DeCoDiff(denoiser="tiny"), datamodule=DemoTextures(root=data_root), ckpt_path=checkpoint)
+
+
+def test_predict_a_folder_of_any_images(checkpoint: Path, gravel: Path, tmp_path: Path) -> None:
+    """Colour, 16 bit, other sizes and aspects; maps come back at each image's size, pictures never collide."""
+    folder = tmp_path / "images"
+    source = Image.open(next((gravel / "test" / "good").glob("*.png")))
+    sizes = {"a/part.png": (300, 200), "b/part.png": (256, 256), "c/part.png": (90, 333)}
+    for name, size in sizes.items():
+        (folder / name).parent.mkdir(parents=True)
+        source.resize(size).convert("RGB").save(folder / name)
+    deep = np.asarray(source.convert("L")).astype(np.uint16) * 257
+    (folder / "deep").mkdir()
+    Image.fromarray(deep).save(folder / "deep" / "part.png")
+    eight = folder / "eight"
+    eight.mkdir()
+    source.save(eight / "part.png")
+
+    results = tmp_path / "results"
+    batches = Engine(default_root_dir=results, accelerator="cpu", logger=False).predict(
+        DeCoDiff.load_from_checkpoint(checkpoint), data_path=folder
+    )
+    by_name = {str(Path(batch.image_path[0]).relative_to(folder)): batch for batch in batches}
+    for name, (width, height) in sizes.items():
+        assert by_name[name].anomaly_map.shape[-2:] == (height, width)
+        assert by_name[name].pred_mask.shape[-2:] == (height, width)
+    torch.testing.assert_close(by_name["deep/part.png"].pred_score, by_name["eight/part.png"].pred_score)
+    assert len(list(results.rglob("part.png"))) == 5
+
+
+def fit(tmp_path: Path, datamodule, engine: dict | None = None, **arguments) -> DeCoDiff:
+    model = DeCoDiff(**{"image_size": 64, "train_steps": 4} | arguments)
+    arguments = {"default_root_dir": tmp_path, "accelerator": "cpu", "logger": False} | (engine or {})
+    Engine(**arguments).fit(model, datamodule=datamodule)
+    return model
+
+
+def weights(model: DeCoDiff) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.model.denoiser.parameters()])
+
+
+def test_training_repeats_with_the_seed(gravel: Path, tmp_path: Path) -> None:
+    def trained(seed: int) -> torch.Tensor:
+        torch.rand(seed + 3)  # whatever the program did before
+        data = MVTecAD(gravel.parent, gravel.name, train_batch_size=16, num_workers=0)
+        return weights(fit(tmp_path, data, seed=seed))
+
+    first, again, other = trained(1), trained(1), trained(2)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_thresholds_never_see_test_images(gravel: Path, tmp_path: Path) -> None:
+    """MVTecAD validates on its test set by default; a model that did would set other thresholds."""
+    seen: list[str] = []
+
+    class Watching(DeCoDiff):
+        def validation_step(self, batch, batch_idx):
+            seen.extend(map(str, batch.image_path))
+            return super().validation_step(batch, batch_idx)
+
+    data = MVTecAD(gravel.parent, gravel.name, num_workers=0)
+    model = Watching(image_size=64, train_steps=2)
+    Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False).fit(model, datamodule=data)
+    assert len(set(seen)) == 12
+    assert all("/train/good/" in path for path in seen)
+    assert model.post_processor.image_threshold > 0
+    assert len(data.train_data) == 80, "the datamodule gets its images back"
+
+
+@pytest.mark.parametrize(("engine", "steps"), [({"max_epochs": 2}, 10), ({"max_steps": 3}, 3), ({}, 5)])
+def test_a_duration_given_to_the_trainer_goes_first(gravel: Path, tmp_path: Path, engine: dict, steps: int) -> None:
+    data = MVTecAD(gravel.parent, gravel.name, train_batch_size=16, num_workers=0)  # 68 images: 5 steps an epoch
+    model = fit(tmp_path, data, engine=engine)
+    assert model.trainer.global_step == steps
+
+
+def test_broken_images_stop_before_training(gravel: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(gravel, root / "gravel")
+    broken = root / "gravel" / "train" / "good" / "999.png"
+    broken.write_text("not an image")
+    with pytest.raises(ValueError, match="1 of 81 image files cannot be read") as caught:
+        fit(tmp_path, MVTecAD(root, "gravel", num_workers=0))
+    assert str(broken) in str(caught.value)
+
+
+def test_categories_without_masks(gravel: Path, tmp_path: Path) -> None:
+    data = Folder(
+        name="gravel",
+        root=gravel,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir=["test/crack"],
+        num_workers=0,
+    )
+    model = DeCoDiff(image_size=64, train_steps=2)
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    engine.fit(model, datamodule=data)
+    (figures,) = engine.test(model, datamodule=data)
+    assert set(figures) == {"image_AUROC", "image_AUPR", "image_F1Max"}
+
+
+def test_too_few_images_to_hold_out(gravel: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(gravel, root / "gravel")
+    for file in sorted((root / "gravel" / "train" / "good").glob("*.png"))[5:]:
+        file.unlink()
+    with pytest.raises(ValueError, match="5 training images leave fewer than 2 to set thresholds"):
+        fit(tmp_path, MVTecAD(root, "gravel", num_workers=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "best"}, "preset='best' is unknown; valid: paper, balanced, fast"),
+        ({"image_size": 100}, r"image_size=\(100, 100\) must be multiples of 32 pixels, such as \(96, 96\)"),
+        ({"denoiser": "huge"}, "denoiser='huge' is unknown; valid: nano, tiny, XS, S, M, L, XL"),
+        ({"num_steps": 11}, "must be between 1 and 10"),
+        ({"false_alarm_rate": 2.0}, "false_alarm_rate=2.0 must be between 0 and 0.5"),
+        ({"calibration_split": 1.0}, "calibration_split=1.0 must be at least 0 and below 1"),
+        ({"corruption": "rain"}, "corruption='rain' is unknown; valid: patches, defects"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DeCoDiff(**arguments)
+
+
+def test_another_models_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {}, "pytorch-lightning_version": "2.6.0"}, path)
+    with pytest.raises(ValueError, match="The checkpoint is not DeCoDiff's"):
+        DeCoDiff.load_from_checkpoint(path)
+
+
+def test_configs_run_as_they_are() -> None:
+    for config in sorted((REPOSITORY / "configs").rglob("*.yaml")):
+        printed = anomalib("train", "--config", config, "--print_config")
+        assert "decodiff_anomalib" in printed.stdout, config
