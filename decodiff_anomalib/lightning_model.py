@@ -17,8 +17,9 @@ from anomalib.data.utils.split import ValSplitMode, random_split
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -191,8 +192,8 @@ class DeCoDiff(AnomalibModule):
     def configure_callbacks(self) -> Sequence[Callback]:
         """Anomalib's components, then weight averaging, which must swap weights back after they saw validation."""
         callbacks = list(super().configure_callbacks())
-        if self.settings.ema_decay:
-            callbacks.append(EMAWeightAveraging(decay=self.settings.ema_decay, use_buffers=False))
+        if self.settings.ema_decay and self.trainer.state.fn == TrainerFn.FITTING:
+            callbacks.append(WeightAveraging(decay=self.settings.ema_decay, use_buffers=False))
         return callbacks
 
     # ---------------------------------------------------------------- data
@@ -338,10 +339,9 @@ class DeCoDiff(AnomalibModule):
         for batch in self._prepared(self.trainer.val_dataloaders):
             normal = slice(None) if batch.gt_label is None else ~batch.gt_label.bool()
             images.extend(batch.image[normal])
-            if len(images) >= MAX_FIT_IMAGES:
-                break
         if images:
-            self.model.fit_normal_deviation(torch.stack(images[:MAX_FIT_IMAGES]).to(self.device))
+            spread = images[:: math.ceil(len(images) / MAX_FIT_IMAGES)]  # they come category by category
+            self.model.fit_normal_deviation(torch.stack(spread).to(self.device))
             self._same_everywhere()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
@@ -382,16 +382,18 @@ class DeCoDiff(AnomalibModule):
     def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> Batch:
         """Score a batch and keep its correction for the pictures."""
         del batch_idx, args, kwargs
-        inspected = self.model.inspect(batch.image)
-        batch.update(pred_score=inspected.pred_score, anomaly_map=inspected.anomaly_map)
-        batch.correction = inspected.correction / 2 + 0.5  # in [0, 1], as images are
-        return batch
+        return self._score(batch, map_size=batch.image.shape[-2:])
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """As :meth:`test_step`, with maps at the size the images came in."""
-        batch = self.test_step(batch, batch_idx, dataloader_idx)
-        if batch.anomaly_map.shape[-2:] != self._incoming_size:
-            batch.anomaly_map = F.interpolate(batch.anomaly_map, size=self._incoming_size, mode="bilinear")
+        del batch_idx, dataloader_idx
+        return self._score(batch, map_size=self._incoming_size)
+
+    def _score(self, batch: Batch, map_size: torch.Size) -> Batch:
+        inspected = self.model.inspect(batch.image)
+        anomaly_map = F.interpolate(inspected.anomaly_map, size=map_size, mode="bilinear")
+        batch.update(pred_score=inspected.pred_score, anomaly_map=anomaly_map)
+        batch.correction = inspected.correction / 2 + 0.5  # in [0, 1], as images are
         return batch
 
     # ---------------------------------------------------------------- checkpoints
@@ -449,6 +451,21 @@ class DeCoDiff(AnomalibModule):
     def _was_given(self, name: str) -> bool:
         default = inspect.signature(DeCoDiff.__init__).parameters[name].default
         return self.hparams[name] != default
+
+
+class WeightAveraging(EMAWeightAveraging):
+    """Lightning's moving average, which swaps weights and buffers for validation and back.
+
+    What validation measured (thresholds, normal deviation) is kept by the averaged and by the trained model: Lightning
+    saves the first as the model and the second as its callbacks, of which the post-processor is one.
+    """
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swap weights back, keep the buffers."""
+        measured = [buffer.clone() for buffer in pl_module.buffers()]
+        super().on_validation_epoch_end(trainer, pl_module)
+        for buffer, value in zip(pl_module.buffers(), measured, strict=True):
+            buffer.copy_(value)
 
 
 def _as_size(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from decodiff_anomalib.data.images import image_paths
+
 
 class DeCoDiffVisualizer(ImageVisualizer):
     """Anomalib's picture of each test or predict image, with the correction beside it.
@@ -68,5 +70,4 @@ def _common_folder(trainer: Trainer, dataloader_idx: int) -> Path:
     """The deepest folder that holds every image of the running loader."""
     loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
     loaders = loaders if isinstance(loaders, list) else [loaders]
-    paths = loaders[dataloader_idx].dataset.samples.image_path
-    return Path(os.path.commonpath([Path(path).parent for path in paths]))
+    return Path(os.path.commonpath([Path(path).parent for path in image_paths(loaders[dataloader_idx].dataset)]))

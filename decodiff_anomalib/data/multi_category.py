@@ -144,7 +144,8 @@ class MultiCategory(AnomalibDataModule):
         columns = [f"{subset} {word}" for subset in self._subsets for word in label.values()]
         table = pd.crosstab(samples.category, kind).reindex(index=self.categories, columns=columns, fill_value=0)
         table = table.loc[:, table.any()]
-        masked = self.test_data.samples[self.test_data.has_pixel_truth & (self.test_data.samples.label_index == 1)]
+        tested = self.test_data.samples
+        masked = tested[(tested.label_index == LabelName.ABNORMAL) & self.test_data.has_pixel_truth]
         table["test masks"] = masked.category.value_counts().reindex(self.categories, fill_value=0)
         table.loc["total"] = table.sum()
         return table.rename_axis(index=None, columns=None)
@@ -169,10 +170,12 @@ class MultiCategory(AnomalibDataModule):
 
         Raises:
             RuntimeError: If a datamodule fails, or has no images to train or to validate on; names its category.
+            ValueError: If two categories contain the same image.
         """
         for name, inner in self.datamodules.items():
             with _naming(name, inner):
                 self._split(inner)
+        self._refuse_shared_images()
         # Only now, so that a failure leaves no half-filled subsets behind.
         for subset in SUBSETS if self.val_split_mode != ValSplitMode.NONE else ("train", "test"):
             parts = {name: getattr(inner, f"{subset}_data") for name, inner in self.datamodules.items()}
@@ -199,6 +202,17 @@ class MultiCategory(AnomalibDataModule):
                 f"validation images ({num_train} to train on). Add images, change these, or leave the category out."
             )
             raise ValueError(msg)
+
+    def _refuse_shared_images(self) -> None:
+        owner: dict[str, str] = {}
+        for name, inner in self.datamodules.items():
+            for path in map(str, [*inner.train_data.samples.image_path, *inner.test_data.samples.image_path]):
+                if owner.setdefault(path, name) != name:
+                    msg = (
+                        f"Categories {owner[path]!r} and {name!r} both contain '{path}', which one might train on and "
+                        "the other test on. Give every image to one category."
+                    )
+                    raise ValueError(msg)
 
     def _create_test_split(self) -> None:
         """Do nothing: each category has split its own images."""
@@ -256,14 +270,17 @@ class MultiCategory(AnomalibDataModule):
         return self._eval_dataloader(self.test_data)
 
     def _eval_dataloader(self, dataset: "MultiCategoryDataset") -> DataLoader:
-        batches = RunBatchSampler(
-            SequentialSampler(dataset), self.eval_batch_size, drop_last=False, keys=dataset.has_pixel_truth.tolist()
-        )
+        known = dataset.has_pixel_truth.tolist()
+        if len(set(known)) < 2:
+            batching = {"batch_size": self.eval_batch_size}
+        else:
+            batches = RunBatchSampler(SequentialSampler(dataset), self.eval_batch_size, drop_last=False, keys=known)
+            batching = {"batch_sampler": batches}
         return DataLoader(
             dataset,
-            batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=self.external_collate_fn or dataset.collate_fn,
+            **batching,
         )
 
 
@@ -472,7 +489,11 @@ def _read_layout(folder: Path) -> pd.DataFrame:
     Raises:
         ValueError: If there are no training images, or masks for some defective images only.
     """
-    paths = [path for path in sorted(folder.glob("*/*/*")) if path.suffix.lower() in IMG_EXTENSIONS]
+    paths = [
+        path
+        for path in sorted(folder.glob("*/*/*"))
+        if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")  # such as macOS leaves in archives
+    ]
     masks = {
         (path.parent.name, path.stem.removesuffix("_mask")): str(path)
         for path in paths

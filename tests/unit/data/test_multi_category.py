@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import Folder, MVTecAD, get_datamodule
+from anomalib.data import Folder, Folder3D, MVTecAD, get_datamodule
 from anomalib.data.utils import ValSplitMode
 from anomalib.data.utils.split import random_split
 from anomalib.metrics import AUROC
@@ -115,6 +115,21 @@ def test_categories_are_picked_in_the_order_given(root):
     assert datamodule.categories == ["tile", "bolt"]
     assert list(datamodule.counts.index) == ["tile", "bolt", "total"]
     assert set(datamodule.train_data.samples.category) == {"tile", "bolt"}
+
+
+def test_root_may_be_a_link(root, tmp_path):
+    (tmp_path / "link").symlink_to(root)
+    datamodule = set_up(tmp_path / "link")
+    assert datamodule.name == "parts"
+    assert all_paths(datamodule.test_data) == all_paths(set_up(root).test_data)
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    write_category(tmp_path, "tile")
+    for folder in (tmp_path / "tile").glob("*/*"):
+        (folder / "._000.png").write_bytes(b"macOS leaves these in archives")
+    counts = set_up(tmp_path, val_split_mode="none").counts.loc["tile"]
+    assert counts.to_dict() == {"train normal": 8, "test normal": 2, "test defective": 4, "test masks": 4}
 
 
 def test_one_category_alone_is_fine(root):
@@ -410,6 +425,23 @@ def test_datamodule_without_training_images_is_refused(tmp_path, root):
     inner = {"a": MVTecAD(root, "bolt"), "b": MVTecAD(tmp_path, "tile")}
     with pytest.raises(RuntimeError, match=r"Category 'b' \(MVTecAD\) failed: it has no training images"):
         set_up(datamodules=inner)
+
+
+def test_datamodule_of_anything_but_images_is_refused(root):
+    folders = {
+        "normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/dent",
+        "normal_depth_dir": "train/good", "normal_test_depth_dir": "test/good", "abnormal_depth_dir": "test/dent",
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"Category 'a' \(Folder3D\) failed: Folder3DDataset gives no plain images"):
+        set_up(datamodules={"a": Folder3D("x", root=root / "bolt", **folders)})
+
+
+@pytest.mark.parametrize("same_object", [True, False])
+def test_one_product_under_two_names_is_refused(root, same_object):
+    first = MVTecAD(root, "bolt")
+    second = first if same_object else MVTecAD(root, "bolt")
+    with pytest.raises(ValueError, match=r"Categories 'a' and 'b' both contain '.*bolt/"):
+        set_up(datamodules={"a": first, "b": second})
 
 
 @pytest.mark.parametrize("step", ["prepare_data", "_setup"])
