@@ -186,15 +186,15 @@ class Kind(NamedTuple):
 
 KINDS = (
     # hard to tell from the product, because nothing in them is foreign to it: a closed gap, a missing piece
-    Kind(0.4, (blobs, blobs, blobs, scratch, areas), (own_tone, own_tone, own_tone, displaced, warp), (0.3, 0.8), 1.0),
+    Kind(0.45, (blobs, blobs, blobs, scratch, areas), (own_tone, own_tone, own_tone, displaced, warp), (0.3, 0.8), 1.0),
     Kind(
-        0.45,
+        0.5,
         (areas, areas, areas, blobs, blobs, blobs, blobs, scratch, scratch),
         (foreign, displaced, stain, texture, illumination, smear, warp),
         (0.4, 3.0),
         0.2,
     ),
-    Kind(0.15, (region,), (illumination, illumination, smear, texture, foreign), (3.0, 30.0), 0.5),
+    Kind(0.05, (region,), (illumination, illumination, smear, texture), (3.0, 30.0), 1.0),
 )
 
 

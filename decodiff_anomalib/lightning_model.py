@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
+from anomalib.data.datamodules.image.mvtecad import MVTecAD
 from anomalib.data.utils.split import ValSplitMode, random_split
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models.components import AnomalibModule
@@ -24,12 +25,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from decodiff_anomalib.data.images import image_paths, inspect_images, restore_depth
+from decodiff_anomalib.data.images import check_folders, image_paths, inspect_images, restore_depth
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.presets import PRESETS, Preset
 from decodiff_anomalib.torch_model import DeCoDiffModel
 from decodiff_anomalib.visualizer import DeCoDiffVisualizer
-from decodiff_anomalib.weights import load_pretrained, transfer
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,10 @@ class DeCoDiff(AnomalibModule):
         if weights and (denoiser or init_from):
             msg = f"weights={str(weights)!r} brings its denoiser; leave denoiser and init_from out."
             raise ValueError(msg)
-        pretrained, config = load_pretrained(weights or init_from) if weights or init_from else (None, None)
+        if weights or init_from:
+            from decodiff_anomalib.weights import load_pretrained, transfer
+
+            pretrained, config = load_pretrained(weights or init_from)
         if weights:
             denoiser, codec = config.denoiser, codec or config.codec
         if corruption not in {None, "patches", "defects"}:
@@ -137,7 +140,7 @@ class DeCoDiff(AnomalibModule):
         self.calibration_split = calibration_split
         self._num_categories = config.num_categories if weights else 1
         self.model = self._build_model(codec)
-        if pretrained is not None:
+        if weights or init_from:
             transfer(pretrained, self.model.denoiser)
         self._wide_paths: frozenset[str] = frozenset()
         self._lent: dict[str, Any] = {}
@@ -190,8 +193,15 @@ class DeCoDiff(AnomalibModule):
         return DeCoDiffVisualizer()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Anomalib's components, then weight averaging, which must swap weights back after they saw validation."""
+        """Anomalib's components, then weight averaging, which must swap weights back after they saw validation.
+
+        Lightning calls this before the datamodule looks at its folders: the last moment to look at them first.
+        """
         callbacks = list(super().configure_callbacks())
+        if self._trainer is None:
+            return callbacks
+        if type(self.trainer.datamodule) is MVTecAD:
+            check_folders(self.trainer.datamodule)
         if self.settings.ema_decay and self.trainer.state.fn == TrainerFn.FITTING:
             callbacks.append(WeightAveraging(decay=self.settings.ema_decay, use_buffers=False))
         return callbacks

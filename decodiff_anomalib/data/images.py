@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from anomalib.data import ImageBatch
+from anomalib.data.datamodules.image.mvtecad import MVTecAD
+from anomalib.data.datasets.image.mvtecad import CATEGORIES
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import resize
@@ -20,6 +22,32 @@ logger = logging.getLogger(__name__)
 
 MAX_NAMED = 10
 WIDE_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+
+
+def check_folders(datamodule: MVTecAD) -> None:
+    """Look whether the folders of MVTec AD's layout are there, before the datamodule reads or downloads them.
+
+    Raises:
+        FileNotFoundError: If the category's folder, its training images or its masks are missing.
+    """
+    folder = Path(datamodule.root) / datamodule.category
+    if not folder.is_dir():
+        if datamodule.category in CATEGORIES:
+            logger.warning("%s does not exist; Anomalib will try to download all of MVTec AD there.", folder)
+            return
+        msg = f"{folder} does not exist. Give the folder that holds {datamodule.category}/train/good as --data.root."
+        raise FileNotFoundError(msg)
+    if not any((folder / "train" / "good").glob("*.png")):
+        msg = f"There are no .png images in {folder / 'train' / 'good'}. DeCoDiff learns from normal images there."
+        raise FileNotFoundError(msg)
+    defects = {path.name for path in (folder / "test").glob("*") if path.is_dir()} - {"good"}
+    unmasked = sorted(name for name in defects if not any((folder / "ground_truth" / name).glob("*.png")))
+    if unmasked:
+        msg = (
+            f"{folder / 'ground_truth'} has no masks for {', '.join(unmasked)}, which MVTecAD needs. "
+            "`--data MultiCategory` reads the same folders without masks."
+        )
+        raise FileNotFoundError(msg)
 
 
 def _inspect(path: str) -> tuple[str, str | None]:

@@ -194,6 +194,22 @@ def test_broken_images_stop_before_training(gravel: Path, tmp_path: Path) -> Non
     assert str(broken) in str(caught.value)
 
 
+def test_folders_are_looked_at_before_anything_is_read_or_downloaded(gravel: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere/parts does not exist\. Give the folder that holds"):
+        fit(tmp_path, MVTecAD(tmp_path / "nowhere", "parts"))
+    assert not (tmp_path / "nowhere").exists()
+
+    shutil.copytree(gravel, tmp_path / "unmasked")
+    shutil.rmtree(tmp_path / "unmasked" / "ground_truth" / "crack")
+    with pytest.raises(FileNotFoundError, match="has no masks for crack, which MVTecAD needs"):
+        fit(tmp_path, MVTecAD(tmp_path, "unmasked"))
+
+    shutil.copytree(gravel, tmp_path / "empty")
+    shutil.rmtree(tmp_path / "empty" / "train" / "good")
+    with pytest.raises(FileNotFoundError, match=r"no \.png images in .*empty/train/good"):
+        fit(tmp_path, MVTecAD(tmp_path, "empty"))
+
+
 def test_categories_without_masks(gravel: Path, tmp_path: Path) -> None:
     data = Folder(
         name="gravel",
