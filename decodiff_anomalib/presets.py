@@ -13,7 +13,7 @@ class Preset:
 
     Attributes:
         codec: See :func:`decodiff_anomalib.codec.build_codec`.
-        features: A timm backbone whose features join the latents, see
+        features: A timm backbone whose features join the latents, and whose novelty is fused with the other maps, see
             :class:`decodiff_anomalib.features.VisualFeatures`; ``None`` for none.
         denoiser: See :func:`decodiff_anomalib.denoiser.build_denoiser`.
         num_steps: Correction steps.
@@ -23,6 +23,7 @@ class Preset:
         samples_per_step: Samples the denoiser learns from in one step: the fresh ones and recent ones.
         scale_latents: Whether latents are scaled to the training images, see
             :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit_latents`; features need it.
+        pixel_map: Whether the pixel map is fused with the others.
         pixel_clip: Saturation of the pixel map; ``None`` for none.
         latent_clip: Saturation of the latent map; ``None`` for none.
         pixel_sigma: Blur of the pixel map in pixels of the working size.
@@ -46,6 +47,7 @@ class Preset:
     fresh_per_step: int = 4
     samples_per_step: int = 16
     scale_latents: bool = False
+    pixel_map: bool = True
     pixel_clip: float | None = PIXEL_CLIP
     latent_clip: float | None = LATENT_CLIP
     pixel_sigma: float = PIXEL_SIGMA
@@ -68,6 +70,7 @@ BALANCED = Preset(
     timestep_spacing="trailing",
     corruption="defects",
     scale_latents=True,
+    pixel_map=False,
     pixel_clip=None,
     latent_clip=None,
     train_steps=900,

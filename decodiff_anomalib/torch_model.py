@@ -12,7 +12,13 @@ from decodiff_anomalib.codec import build_codec
 from decodiff_anomalib.corruption import corrupt_latents
 from decodiff_anomalib.defects import draw_defects
 from decodiff_anomalib.denoiser import SPATIAL_DIVISOR, build_denoiser
-from decodiff_anomalib.discrepancy import fuse, latent_discrepancy, pixel_discrepancy
+from decodiff_anomalib.discrepancy import (
+    fuse,
+    gaussian_blur,
+    latent_discrepancy,
+    pixel_discrepancy,
+    resize_mirrored,
+)
 from decodiff_anomalib.features import VisualFeatures
 from decodiff_anomalib.presets import Preset
 from decodiff_anomalib.replay import Replay
@@ -100,30 +106,47 @@ class DeCoDiffModel(nn.Module):
 
     def inspect(self, images: torch.Tensor, category: torch.Tensor | None = None) -> Correction:
         """Image -> latents -> correction -> reconstruction -> discrepancy -> score; arguments as :meth:`forward`."""
-        latents = self.encode(images)
+        features = self.features.extract(images) if self.features else None
+        latents = self.encode(images, features=features)
         corrected = self.correct(latents, category)
         decoded = self.decode(torch.cat([latents, corrected]))
         reconstruction, correction = decoded.unflatten(0, (2, -1)).unbind()
 
-        preset, size = self.preset, images.shape[-2:]
-        pixel = pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma)
-        scale = self.normal_deviation
-        latent = latent_discrepancy(corrected / scale, latents / scale, size, preset.latent_clip, preset.latent_sigma)
-        anomaly_map = fuse(pixel, latent, mode=preset.fusion)
+        preset, size, scale = self.preset, images.shape[-2:], self.normal_deviation
+        maps = [latent_discrepancy(corrected / scale, latents / scale, size, preset.latent_clip, preset.latent_sigma)]
+        if preset.pixel_map:
+            maps.append(pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma))
+        if self.features:
+            maps.append(resize_mirrored(gaussian_blur(self.features.novelty(features), preset.latent_sigma), size))
+        anomaly_map = fuse(*maps, mode=preset.fusion)
         return Correction(reconstruction, correction, anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
 
-    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Latents ``(B, C, h, w)``: the codec's, then the features, both scaled by :meth:`fit_latents`."""
+    def encode(
+        self,
+        images: torch.Tensor,
+        generator: torch.Generator | None = None,
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Latents ``(B, C, h, w)``: the codec's, then the features, both scaled by :meth:`fit_latents`.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [-1, 1].
+            generator: For codecs that sample, see :mod:`decodiff_anomalib.codec`.
+            features: The images' features, where they were extracted already.
+        """
         with torch.autocast(images.device.type, enabled=False):  # deviations are small differences of latents
             latents = (self.codec.encode(images, generator=generator) - self.latent_mean) / self.latent_std
-        return torch.cat([latents, self.features(images)], dim=1) if self.features else latents
+        if not self.features:
+            return latents
+        features = self.features.extract(images) if features is None else features
+        return torch.cat([latents, self.features(features)], dim=1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images ``(B, 3, H, W)`` of :meth:`encode`'s latents; the features are not needed for it."""
         return self.codec.decode(latents[:, : self.codec.latent_channels] * self.latent_std + self.latent_mean)
 
     @torch.no_grad()
-    def fit_latents(self, images: torch.Tensor) -> None:
+    def fit_latents(self, images: torch.Tensor, generator: torch.Generator | None = None) -> None:
         """Scale each latent channel to zero mean and unit variance on normal ``images`` ``(N, 3, H, W)``.
 
         A codec serves any picture; the parts of one product use a small range of it. Channels that hardly vary are
@@ -135,7 +158,7 @@ class DeCoDiffModel(nn.Module):
         self.latent_mean.copy_(mean[0])
         self.latent_std.copy_(variance[0].sqrt().clamp_min(floor))
         if self.features:
-            self.features.fit(images)
+            self.features.fit(images, generator)
 
     @torch.no_grad()
     def fit_normal_deviation(self, images: torch.Tensor) -> None:
