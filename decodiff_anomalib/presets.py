@@ -23,7 +23,6 @@ class Preset:
         samples_per_step: Samples the denoiser learns from in one step: the fresh ones and recent ones.
         scale_latents: Whether latents are scaled to the training images, see
             :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit_latents`; features need it.
-        pixel_map: Whether the pixel map is fused with the others.
         pixel_clip: Saturation of the pixel map; ``None`` for none.
         latent_clip: Saturation of the latent map; ``None`` for none.
         pixel_sigma: Blur of the pixel map in pixels of the working size.
@@ -47,7 +46,6 @@ class Preset:
     fresh_per_step: int = 4
     samples_per_step: int = 16
     scale_latents: bool = False
-    pixel_map: bool = True
     pixel_clip: float | None = PIXEL_CLIP
     latent_clip: float | None = LATENT_CLIP
     pixel_sigma: float = PIXEL_SIGMA
@@ -70,10 +68,9 @@ BALANCED = Preset(
     timestep_spacing="trailing",
     corruption="defects",
     scale_latents=True,
-    pixel_map=False,
     pixel_clip=None,
     latent_clip=None,
-    train_steps=900,
+    train_steps=600,
     warmup_steps=50,
     learning_rate=1e-3,
     weight_decay=1e-2,
@@ -82,4 +79,4 @@ BALANCED = Preset(
     mixed_precision=True,
 )
 
-PRESETS = {"paper": Preset(), "balanced": BALANCED, "fast": replace(BALANCED, train_steps=300)}
+PRESETS = {"paper": Preset(), "balanced": BALANCED, "fast": replace(BALANCED, train_steps=200)}

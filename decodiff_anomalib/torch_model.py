@@ -113,9 +113,10 @@ class DeCoDiffModel(nn.Module):
         reconstruction, correction = decoded.unflatten(0, (2, -1)).unbind()
 
         preset, size, scale = self.preset, images.shape[-2:], self.normal_deviation
-        maps = [latent_discrepancy(corrected / scale, latents / scale, size, preset.latent_clip, preset.latent_sigma)]
-        if preset.pixel_map:
-            maps.append(pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma))
+        maps = [
+            pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma),
+            latent_discrepancy(corrected / scale, latents / scale, size, preset.latent_clip, preset.latent_sigma),
+        ]
         if self.features:
             maps.append(resize_mirrored(gaussian_blur(self.features.novelty(features), preset.latent_sigma), size))
         anomaly_map = fuse(*maps, mode=preset.fusion)

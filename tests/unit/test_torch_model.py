@@ -9,7 +9,7 @@ from torch import nn
 from decodiff_anomalib.presets import PRESETS
 from decodiff_anomalib.torch_model import DeCoDiffModel
 
-PLAIN = replace(PRESETS["balanced"], features=None, pixel_map=True, num_steps=3)
+PLAIN = replace(PRESETS["balanced"], features=None, num_steps=3)
 
 
 class KnowsTheDefect(nn.Module):
