@@ -1,4 +1,4 @@
-"""Pictures: image | what it should have looked like | anomaly map | predicted mask | true mask."""
+"""Pictures: Anomalib's panels, and beside them what the part should have looked like."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from anomalib.data import ImageBatch
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import ImageVisualizer
-from anomalib.visualization.image.functional import add_text_to_image, create_image_grid
+from anomalib.visualization.image.functional import add_text_to_image
 from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import Trainer
 from PIL import Image
@@ -50,20 +50,24 @@ class DeCoDiffVisualizer(ImageVisualizer):
             if picture is None:
                 continue
             if corrections is not None:
-                picture = create_image_grid([picture, self._panel(corrections[index])], nrow=2)
+                picture = _beside(picture, self._panel(corrections[index]))
             path = Path(item.image_path)
             target = output_dir / (path.relative_to(common) if path.is_relative_to(common) else path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            picture.convert("RGB").save(target.with_suffix(".png"))
+            picture.save(target.with_suffix(".png"))
 
     def _panel(self, correction: torch.Tensor) -> Image.Image:
         """The correction ``(3, H, W)`` in [0, 1] as a panel of the picture."""
         image = to_pil_image(correction.float().clamp(0, 1).cpu()).resize(self.field_size)
-        return add_text_to_image(image, "correction", **_text_options(self.text_config))
+        options = {name: value for name, value in self.text_config.items() if name != "enable"}
+        return add_text_to_image(image, "Correction", **options) if self.text_config["enable"] else image
 
 
-def _text_options(config: dict) -> dict:
-    return {name: value for name, value in config.items() if name != "enable"}
+def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (left.width + right.width, left.height))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    return both
 
 
 def _common_folder(trainer: Trainer, dataloader_idx: int) -> Path:

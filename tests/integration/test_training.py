@@ -74,7 +74,7 @@ def test_every_test_image_has_a_picture_with_its_correction(run: Path) -> None:
     assert len(pictures) == 64
     assert len({path.parts[0] for path in pictures}) == 6
     width, height = Image.open(next(run.rglob("images/crack/*.png"))).size
-    assert width > 4 * height  # image, mask, two overlays, correction
+    assert width == 5 * height  # image, mask, two overlays, correction
 
 
 def scores(engine: Engine, datamodule: DemoTextures, **arguments) -> dict[str, torch.Tensor]:
