@@ -1,6 +1,6 @@
 """The authors' checkpoints and a training step against recorded numbers, at the tolerances stated beside them.
 
-``python tests/parity/test_checkpoints.py`` prints the table: fixture, largest difference, tolerance.
+``python tests/parity/test_weights.py`` prints the table: fixture, largest difference, tolerance.
 """
 
 import argparse
