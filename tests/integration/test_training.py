@@ -16,7 +16,7 @@ from decodiff_anomalib import DeCoDiff
 from decodiff_anomalib.data import DemoTextures
 
 REPOSITORY = Path(__file__).parents[2]
-SMALL = {"image_size": 128, "train_steps": 100}
+SHORT = {"train_steps": 60}
 
 
 def anomalib(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -47,7 +47,7 @@ def run(data_root: Path, gravel: Path, tmp_path_factory: pytest.TempPathFactory)
     """Results of the README's quick start, shortened."""
     results = tmp_path_factory.mktemp("results")
     config = REPOSITORY / "configs" / "quickstart.yaml"
-    given = [f"--model.{name}={value}" for name, value in SMALL.items()]
+    given = [f"--model.{name}={value}" for name, value in SHORT.items()]
     printed = anomalib("train", "--config", config, *given, "--data.root", data_root, "--default_root_dir", results)
     (results / "printed.txt").write_text(printed.stdout)
     return results
@@ -64,7 +64,7 @@ def test_quick_start_finds_defects_and_prints_the_figures(run: Path) -> None:
     for name in ("image_AUROC", "image_AUPR", "image_F1Max", "pixel_AUROC", "pixel_AUPR", "pixel_AUPRO", "pixel_F1Max"):
         line = next(line for line in printed.splitlines() if f" {name} " in line)
         figures[name] = float(line.split("│")[2])
-    assert figures["image_AUROC"] > 0.65, figures
+    assert figures["image_AUROC"] > 0.7, figures
     assert figures["pixel_AUROC"] > 0.8, figures
     assert figures["pixel_AUPR"] > 0.1, figures
 
@@ -91,12 +91,9 @@ def test_a_checkpoint_alone_restores_everything_to_the_bit(checkpoint: Path, dat
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
     loaded = DeCoDiff.load_from_checkpoint(checkpoint)
     direct = scores(engine, datamodule, model=loaded)
-    through_engine = scores(engine, datamodule, model=DeCoDiff(image_size=128), ckpt_path=checkpoint)
+    through_engine = scores(engine, datamodule, model=DeCoDiff(), ckpt_path=checkpoint)  # of another preset
     for name, value in direct.items():
         assert torch.equal(value, through_engine[name]), name
-    by_default = scores(engine, datamodule, model=DeCoDiff(), ckpt_path=checkpoint)  # of other size and preset
-    assert torch.equal(direct["pred_score"], by_default["pred_score"])
-    assert by_default["anomaly_map"].shape[-2:] == (256, 256), "maps come at the size of the images"
     assert 0 < direct["pred_label"].float().mean() < 1
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert any(name.startswith("model.codec.") for name in state)
