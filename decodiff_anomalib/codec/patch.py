@@ -1,8 +1,8 @@
 """The bundled codec: the whitened principal components of 8x8 patches of photographs.
 
 It is linear and has no choice of its own to make: among all linear codecs of its size it has the least error
-(Eckart-Young). Measured beside learned ones (see MODEL_CARD.md), it served detection as well at a thousandth of a
-Stable-Diffusion autoencoder's cost.
+(Eckart-Young). Learned branches on top of it gained little on photographs and nothing on product images, at a hundred
+times the cost (MODEL_CARD.md).
 """
 
 import json
