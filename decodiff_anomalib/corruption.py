@@ -10,7 +10,7 @@ MAX_MASK_RATIO, MAX_NOISE_RATIO = 0.7, 0.3
 
 
 def patch_size_probabilities(height: int, width: int) -> dict[int, float]:
-    """Patch sides in latent pixels and their probabilities (SPEC section 3.1).
+    """Patch sides in latent pixels and their probabilities (as published).
 
     The published table for 28 to 64 latents, continued by its own rule; sides that do not divide the latents are left
     out and the rest renormalised (the published program stops there).
@@ -41,7 +41,7 @@ def random_patch_mask(
     permutations: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Keep-masks of random patches (SPEC section 3.3): 1 keeps, 0 corrupts.
+    """Keep-masks of random patches (as published): 1 keeps, 0 corrupts.
 
     A share ``r ~ U(0, max_ratio)`` of the patches of each sample is corrupted: the first ``int(N (1 - r))`` patches of
     a random order are kept, so at least one is corrupted whenever ``r > 0``.
@@ -77,7 +77,7 @@ def shuffle_patches(
     permutation: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Exchange the patches of a whole batch (SPEC section 3.5): they come from other samples and positions.
+    """Exchange the patches of a whole batch (as published): they come from other samples and positions.
 
     Args:
         latents: ``(B, C, h, w)``.
@@ -101,7 +101,7 @@ def corrupt_latents(
     max_noise_ratio: float = MAX_NOISE_RATIO,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw the paper's corruption for a batch: content and where it goes (SPEC section 3).
+    """Draw the paper's corruption for a batch: content and where it goes (as published).
 
     Args:
         latents: Clean latents ``(B, C, h, w)``.

@@ -42,7 +42,7 @@ DENOISER_SIZES = {
     # for CPUs
     "nano": DenoiserSize(32, 32, 64, attention=(False, False, True), dropout=0.0, layers=1, norm_groups=8),
     "tiny": DenoiserSize(64, 32, 128, attention=(False, False, True), dropout=0.0, layers=1, norm_groups=8),
-    # as published (SPEC section 4)
+    # as published
     "XS": DenoiserSize(64, 16, 128),
     "S": DenoiserSize(128, 32, 256),
     "M": DenoiserSize(192, 32, 384),

@@ -1,4 +1,4 @@
-"""How an image and its correction differ: pixel and latent maps, and their fusion (SPEC section 9, paper section 3.4).
+"""How an image and its correction differ: pixel and latent maps, and their fusion.
 
     P = G_3( clip(max over RGB |y - y_0|, 0, c_P) / c_P )
     L = R( G_1( clip(mean over channels |z - z_0|, 0, c_L) / c_L ) )

@@ -7,7 +7,7 @@ Notation of the paper: ``z_0`` clean latents, ``A_t`` the cumulative signal (``a
     z_t = z_0 + s_t eta                  = m z_0 + (1 - m) (a_t z_0 + s_t n)
 
 Reference: "Correcting Deviations from Normality: A Reformulated Diffusion Model for Multi-Class Unsupervised Anomaly
-Detection", CVPR 2025, section 3.
+Detection", CVPR 2025.
 """
 
 import math

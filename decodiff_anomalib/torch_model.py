@@ -185,7 +185,7 @@ class DeCoDiffModel(nn.Module):
         category: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Mean squared error of the predicted deviation of corrupted normal images (paper, eq. 6).
+        """Mean squared error of the predicted deviation of corrupted normal images, as published.
 
         Args:
             images: Normal images ``(B, 3, H, W)`` in [-1, 1].

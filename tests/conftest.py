@@ -1,5 +1,6 @@
 """Paths to the reference material that some tests compare with."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,16 @@ def data_dir() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"no real images at {SHARED / 'data'}")
     return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def assert_within_tolerance() -> Callable[[Iterable[tuple[str, float, float]]], None]:
+    """Check of (fixture, largest difference, tolerance) rows that names every row beyond its tolerance."""
+
+    def check(comparisons: Iterable[tuple[str, float, float]]) -> None:
+        rows = list(comparisons)
+        assert rows
+        worse = [f"{name}: {found:.3g} > {tolerance:.3g}" for name, found, tolerance in rows if found > tolerance]
+        assert not worse, "\n".join(worse)
+
+    return check

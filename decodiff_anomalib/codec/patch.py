@@ -1,8 +1,7 @@
 """The bundled codec: the whitened principal components of 8x8 patches of photographs.
 
 It is linear and has no choice of its own to make: among all linear codecs of its size it has the least error
-(Eckart-Young). Learned branches on top of it gained little on photographs and nothing on product images, at a hundred
-times the cost (MODEL_CARD.md).
+(Eckart-Young). What it keeps and costs is in MODEL_CARD.md.
 """
 
 import json
