@@ -4,6 +4,8 @@ The published sizes XS to XL are represented exactly. Cross-attention over a sin
 category, so a small model loses nothing by attending only at its lowest resolution, as ``nano`` and ``tiny`` do.
 """
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,19 +101,90 @@ class Denoiser(nn.Module):
             nn.init.zeros_(convolution.weight)
             nn.init.zeros_(convolution.bias)
 
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor | int, category: torch.Tensor) -> torch.Tensor:
         """Predict the deviation of ``latents``.
 
         Args:
             latents: ``(B, C, h, w)``, ``h`` and ``w`` divisible by 4.
-            timesteps: int64 ``(B,)``, original timesteps (not rescaled to 1000).
-            category: int64 ``(B,)``.
+            timesteps: int64 ``(B,)``, original timesteps (not rescaled to 1000), or one of them for all.
+            category: int64 ``(B,)``; the number of categories means unknown, which is the mean of their tokens.
 
         Returns:
             torch.Tensor: Deviation ``(B, C, h, w)``.
         """
-        context = self.category_embedding(category).unsqueeze(1)
+        context = self.tokens()[category].unsqueeze(1)
         return self.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+
+    def tokens(self) -> torch.Tensor:
+        """Token of each category and of an unknown one, ``(K + 1, context_width)``."""
+        tokens = self.category_embedding.weight
+        return torch.cat([tokens, tokens.mean(0, keepdim=True)])
+
+
+class FoldedDenoiser(nn.Module):
+    """A denoiser for inference, with all that latents do not change worked out before; it predicts the same.
+
+    A timestep reaches each residual block as a bias, which is known. Cross-attention over the one token of a category
+    adds a known vector too, whoever attends: a softmax over one key is 1.
+
+    Args:
+        denoiser: The denoiser, whose weights are shared.
+        timesteps: Those that it will be asked for.
+    """
+
+    def __init__(self, denoiser: Denoiser, timesteps: Iterable[int]) -> None:
+        super().__init__()
+        self.unets = nn.ModuleDict({str(timestep): _fold(denoiser, timestep) for timestep in timesteps})
+
+    def forward(self, latents: torch.Tensor, timesteps: int, category: torch.Tensor) -> torch.Tensor:
+        """As :meth:`Denoiser.forward`, at one timestep for all."""
+        unet = self.unets[str(timesteps)]
+        return unet(latents, timesteps, encoder_hidden_states=category, return_dict=False)[0]
+
+
+class _Known(nn.Module):
+    """Stands in for a module whose output is known."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output: torch.Tensor
+        self.register_buffer("output", output)
+
+    def forward(self, *_: torch.Tensor | None) -> torch.Tensor:
+        return self.output
+
+
+class _KnownAttention(nn.Module):
+    """Stands in for cross-attention over one token; is given the category instead."""
+
+    def __init__(self, attention: nn.Module, tokens: torch.Tensor) -> None:
+        super().__init__()
+        anyone = tokens.new_zeros(len(tokens), 1, attention.query_dim)
+        self.of_category: torch.Tensor
+        self.register_buffer("of_category", attention(anyone, encoder_hidden_states=tokens.unsqueeze(1)))
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
+        del hidden_states
+        return self.of_category[encoder_hidden_states]
+
+
+@torch.no_grad()
+def _fold(denoiser: Denoiser, timestep: int) -> nn.Module:
+    """The UNet at one timestep, given the category index ``(B,)`` as ``encoder_hidden_states``."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+
+    tokens = denoiser.tokens()
+    shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+    unet = copy.deepcopy(denoiser.unet, shared).eval()
+    embedded = unet.time_embedding(unet.time_proj(torch.tensor([timestep], device=tokens.device)).to(tokens))
+    unet.time_embedding = _Known(embedded)
+    for block in list(unet.modules()):
+        if isinstance(block, ResnetBlock2D):
+            block.time_emb_proj = _Known(block.time_emb_proj(block.nonlinearity(embedded)))
+        elif isinstance(block, BasicTransformerBlock):
+            block.attn2, block.norm2 = _KnownAttention(block.attn2, tokens), nn.Identity()
+    return unet
 
 
 def build_denoiser(

@@ -20,75 +20,111 @@ BANK_SIZE = 3000
 
 
 class VisualFeatures(nn.Module):
-    """Features of a timm backbone at strides 8 and 16, reduced to whitened principal components.
+    """Features of a frozen timm backbone at strides 8 and 16.
 
     Args:
         backbone: A timm model. The weights of ``tf_efficientnet_lite0`` come from a package and need no network;
             others are fetched from the hub.
-        channels: Principal components kept.
+
+    Attributes:
+        channels: Features per position.
 
     Raises:
         ImportError: If the package with the weights is missing.
         OSError: If a backbone's weights are neither in the cache nor reachable.
     """
 
-    def __init__(self, backbone: str = PACKAGED_BACKBONE, channels: int = 32) -> None:
+    def __init__(self, backbone: str = PACKAGED_BACKBONE) -> None:
         super().__init__()
-        self.channels = channels
         self.backbone = _load_backbone(backbone)
+        self.channels: int = sum(self.backbone.feature_info.channels())
         config = self.backbone.pretrained_cfg
-        widths = sum(self.backbone.feature_info.channels())
         self.mean: torch.Tensor
         self.std: torch.Tensor
-        self.center: torch.Tensor
-        self.projection: torch.Tensor
-        self.whitening: torch.Tensor
-        self.bank: torch.Tensor
         self.register_buffer("mean", torch.tensor(config["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(-1, 1, 1), persistent=False)
-        self.register_buffer("center", torch.zeros(widths))
-        self.register_buffer("projection", torch.eye(channels, widths))
-        self.register_buffer("whitening", torch.eye(widths))
-        self.register_buffer("bank", torch.zeros(BANK_SIZE, widths))
 
-    def extract(self, images: torch.Tensor) -> torch.Tensor:
-        """All features ``(B, F, H/8, W/8)`` of ``images`` ``(B, 3, H, W)`` in [-1, 1], pooled over 3x3 neighbours."""
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features ``(B, F, H/8, W/8)`` of ``images`` ``(B, 3, H, W)`` in [-1, 1], pooled over 3x3 neighbours."""
         images = ((images * 0.5 + 0.5 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         levels = self.backbone(images)
         levels = [F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False) for level in levels]
         size = levels[0].shape[-2:]
         return torch.cat([levels[0], *(F.interpolate(level, size=size, mode="bilinear") for level in levels[1:])], 1)
 
+
+class FeatureLatents(nn.Module):
+    """Visual features as latents, and how new they are to their category.
+
+    Args:
+        features: Features per position, ``F``.
+        num_categories: ``K``; a further row holds the features of all categories, for images of none.
+        channels: Principal components that become latents.
+    """
+
+    def __init__(self, features: int, num_categories: int, channels: int = 32) -> None:
+        super().__init__()
+        self.channels = channels
+        self.center: torch.Tensor
+        self.projection: torch.Tensor
+        self.whitening: torch.Tensor
+        self.bank: torch.Tensor
+        self.register_buffer("center", torch.zeros(features))
+        self.register_buffer("projection", torch.eye(channels, features))
+        self.register_buffer("whitening", torch.eye(features))
+        self.bank_energy: torch.Tensor
+        self.register_buffer("bank", torch.zeros(num_categories + 1, BANK_SIZE, features))
+        self.register_buffer("bank_energy", torch.zeros(num_categories + 1, BANK_SIZE), persistent=False)
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """The leading components ``(B, channels, h, w)`` of :meth:`extract`'s features, whitened."""
+        """The leading components ``(B, channels, h, w)`` of ``features`` ``(B, F, h, w)``, whitened."""
         return F.conv2d(features, self.projection[:, :, None, None], bias=-self.projection @ self.center)
 
-    def novelty(self, features: torch.Tensor) -> torch.Tensor:
-        """Distance ``(B, 1, h, w)`` of :meth:`extract`'s features from the nearest of normal images, all whitened."""
-        whitened = F.conv2d(features, self.whitening[:, :, None, None], bias=-self.whitening @ self.center)
+    def novelty(self, features: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """Distance ``(B, 1, h, w)`` of ``features`` from the nearest of normal images of their category, all whitened.
+
+        Args:
+            features: ``(B, F, h, w)``.
+            category: ``(B,)``; ``K`` compares with all categories.
+        """
+        whitened = F.conv2d(features, self.whitening[:, :, None, None], bias=-self.whitening @ self.center).flatten(2)
         # |a - b|^2 by one matrix product: torch.cdist has no ONNX counterpart
-        products = F.conv2d(whitened, self.bank[:, :, None, None])
-        squared = whitened.square().sum(1, keepdim=True) - 2 * products + self.bank.square().sum(1)[:, None, None]
-        return squared.amin(1, keepdim=True).clamp_min(0).sqrt()
+        products = torch.baddbmm(self.bank_energy[category][:, :, None], self.bank[category], whitened, alpha=-2)
+        nearest = products.amin(1, keepdim=True) + whitened.square().sum(1, keepdim=True)
+        return nearest.clamp_min(0).sqrt().unflatten(2, features.shape[-2:])
 
     @torch.no_grad()
-    def fit(self, images: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        """Set the components to the principal ones of normal ``images`` ``(N, 3, H, W)``, and remember some features.
+    def fit(self, features: torch.Tensor, category: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """Set the components to the principal ones of normal images, and remember some features of each category.
 
         Weak components are whitened less, so that their noise is not blown up.
 
         Args:
-            images: In [-1, 1].
+            features: ``(N, F, h, w)``.
+            category: ``(N,)``.
             generator: Draws the features to remember, on the CPU.
         """
-        features = torch.cat([self.extract(chunk) for chunk in images.split(16)]).movedim(1, -1).flatten(0, -2)
-        self.center.copy_(features.mean(0))
-        variances, directions = torch.linalg.eigh(torch.cov(features.T.double()))
+        flat = features.movedim(1, -1).flatten(0, -2)
+        self.center.copy_(flat.mean(0))
+        variances, directions = torch.linalg.eigh(torch.cov(flat.T.double()))
         variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
         self.projection.copy_(_whiten(variances[: self.channels], directions[:, : self.channels]))
         self.whitening.copy_(_whiten(variances, directions))
-        chosen = torch.randint(len(features), (BANK_SIZE,), generator=generator).to(features.device)
-        self.bank.copy_((features[chosen] - self.center) @ self.whitening.T)
+        self._remember(-1, flat, generator)
+        for index in category.unique():
+            self._remember(int(index), features[category == index].movedim(1, -1).flatten(0, -2), generator)
+        self._measure_bank()
+
+    def _measure_bank(self) -> None:
+        self.bank_energy.copy_(self.bank.square().sum(2))
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._measure_bank()
+
+    def _remember(self, row: int, flat: torch.Tensor, generator: torch.Generator | None) -> None:
+        chosen = torch.randint(len(flat), (BANK_SIZE,), generator=generator).to(flat.device)
+        self.bank[row] = (flat[chosen] - self.center) @ self.whitening.T
 
 
 def _whiten(variances: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,17 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from decodiff_anomalib.conditioning import (
+    GIVEN,
+    INFERRED,
+    RESERVED,
+    UNKNOWN,
+    category_indices,
+    category_names,
+    vocabulary,
+)
 from decodiff_anomalib.data.images import check_folders, image_paths, inspect_images, restore_depth
+from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.presets import PRESETS, Preset
 from decodiff_anomalib.torch_model import DeCoDiffModel
@@ -36,11 +46,15 @@ logger = logging.getLogger(__name__)
 LIGHTNING_DEFAULT_EPOCHS = 1000
 VALIDATIONS_PER_FIT = 3
 FINAL_LEARNING_RATE = 0.02
-MAX_FIT_IMAGES = 128
+FIT_IMAGES, FIT_IMAGES_OF_CATEGORY = 128, 24
 
 
 class DeCoDiff(AnomalibModule):
     """DeCo-Diff: corrects deviations from normality in latent space (CVPR 2025).
+
+    One model serves all categories of its datamodule, see :class:`decodiff_anomalib.data.MultiCategory`. It is told the
+    category of an image in training; afterwards it infers it, and calls an image of none of them anomalous and its
+    category ``unknown``. Predictions name it in ``pred_category``.
 
     Trains on normal images only. Thresholds are set on normal images too: where the datamodule would validate on its
     test set (``MVTecAD`` and ``Visa`` do by default), a share of the training images is held out instead.
@@ -56,6 +70,8 @@ class DeCoDiff(AnomalibModule):
         weights: Trained denoiser to use: a folder that `decodiff convert` wrote, or a hub id. It brings its size, its
             categories and, where known, its codec.
         init_from: The same, to start training from. The denoiser must be of its size; categories may be fewer or more.
+        category: What tests, predictions and exports take the images' category from: ``inferred`` from the image,
+            ``given`` by the data, or a category's name, ``unknown`` included, for all of them.
         num_steps: Correction steps at inference, 1 to 10.
         corruption: ``defects`` drawn on images, or ``patches`` of the latents, as published.
         train_steps: Optimiser steps. A duration given to the trainer (``max_epochs``, ``max_steps``, ``max_time``)
@@ -85,6 +101,7 @@ class DeCoDiff(AnomalibModule):
         denoiser: str | dict[str, Any] | None = None,
         weights: str | Path | None = None,
         init_from: str | Path | None = None,
+        category: str = INFERRED,
         num_steps: int | None = None,
         corruption: str | None = None,
         train_steps: int | None = None,
@@ -138,7 +155,12 @@ class DeCoDiff(AnomalibModule):
         self.settings: Preset = replace(PRESETS[preset], **given, **(settings or {}))
         self.seed = seed
         self.calibration_split = calibration_split
-        self._num_categories = config.num_categories if weights else 1
+        self.category = category
+        self._source_categories: tuple[str, ...] | None = None
+        self.categories: tuple[str, ...] = category_names(None)
+        if weights or init_from:
+            self._source_categories = config.categories
+            self.categories = config.categories or tuple(str(row) for row in range(config.num_categories))
         self.model = self._build_model(codec)
         if weights or init_from:
             transfer(pretrained, self.model.denoiser)
@@ -148,7 +170,7 @@ class DeCoDiff(AnomalibModule):
     def _build_model(self, codec: str | Path | dict[str, Any] | None) -> DeCoDiffModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return DeCoDiffModel(self.settings, self._image_size, self._num_categories, codec=codec)
+            return DeCoDiffModel(self.settings, self._image_size, len(self.categories), codec=codec)
 
     # ---------------------------------------------------------------- what Anomalib asks for
 
@@ -202,9 +224,87 @@ class DeCoDiff(AnomalibModule):
             return callbacks
         if type(self.trainer.datamodule) is MVTecAD:
             check_folders(self.trainer.datamodule)
-        if self.settings.ema_decay and self.trainer.state.fn == TrainerFn.FITTING:
-            callbacks.append(WeightAveraging(decay=self.settings.ema_decay, use_buffers=False))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._adopt_categories(category_names(self.trainer.datamodule))
+            if self.settings.ema_decay:
+                callbacks.append(WeightAveraging(decay=self.settings.ema_decay, use_buffers=False))
         return callbacks
+
+    # ---------------------------------------------------------------- categories
+
+    def _adopt_categories(self, names: tuple[str, ...]) -> None:
+        """Be a model of the categories that are to be trained on, keeping what is known of them."""
+        if not set(names) <= set(self.categories):
+            from decodiff_anomalib.weights import transfer
+
+            before = self.model
+            self.categories = vocabulary(names, published_table=self.settings.published_table)
+            self.model = self._build_model(before.codec.spec).to(self.device)
+            self.model.codec = before.codec
+            ours = self.categories if self._source_categories else None
+            transfer(before.denoiser, self.model.denoiser, self._source_categories, ours)
+        self._fix_category()
+
+    def _fix_category(self) -> None:
+        """Have the model take all images to be of the category that was asked for, if one was.
+
+        Raises:
+            ValueError: If the model does not know it.
+        """
+        known = (*self.categories, UNKNOWN)
+        if self.category in {INFERRED, GIVEN}:
+            self.model.fixed_category = None
+        elif self.category in known:
+            self.model.fixed_category = known.index(self.category)
+        else:
+            msg = (
+                f"category={self.category!r} is none that the model was trained on; "
+                f"valid: {', '.join((*self.categories, *RESERVED))}."
+            )
+            raise ValueError(msg)
+
+    def _check_category(self) -> None:
+        """Refuse to infer categories before any were learnt.
+
+        Raises:
+            ValueError: If that is asked for.
+        """
+        self._fix_category()
+        router = self.model.router
+        if self.category == INFERRED and len(self.categories) > 1 and not router.trained.any():
+            msg = (
+                f"The model has seen no images of its {len(self.categories)} categories yet and cannot infer them. "
+                "Train it, or choose category='given' or the name of a category."
+            )
+            raise ValueError(msg)
+
+    def _named_category(self, batch: Batch) -> torch.Tensor:
+        """Category index ``(B,)`` of images whose data name it."""
+        names = getattr(batch, "category", None)
+        if names is None:
+            alone = category_names(self.trainer.datamodule)
+            names = alone * len(batch.image) if len(alone) == 1 else [UNKNOWN] * len(batch.image)
+        return category_indices(names, self.categories).to(self.device)
+
+    def _given_category(self, batch: Batch) -> torch.Tensor | None:
+        """Category index ``(B,)`` to test with; ``None`` leaves it to the model.
+
+        Raises:
+            ValueError: If the data are to give it and give none that the model knows.
+        """
+        if self.category != GIVEN:
+            return None
+        category = self._named_category(batch)
+        if (category == len(self.categories)).any():
+            first = int((category == len(self.categories)).nonzero()[0])
+            names = getattr(batch, "category", None)
+            msg = (
+                f"category='given', but the data give {names[first] if names else 'none'!r} for "
+                f"{batch.image_path[first] if batch.image_path else 'an image'}; the model knows "
+                f"{', '.join(self.categories)}. category='inferred' needs no label."
+            )
+            raise ValueError(msg)
+        return category
 
     # ---------------------------------------------------------------- data
 
@@ -221,8 +321,13 @@ class DeCoDiff(AnomalibModule):
         subsets = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}
         self._inspect(*(getattr(datamodule, name, None) for name in subsets.get(stage, ())))
 
+    def on_test_start(self) -> None:
+        """Refuse what cannot be tested."""
+        self._check_category()
+
     def on_predict_start(self) -> None:
-        """Look at every image file before work starts."""
+        """Refuse what cannot be predicted; look at every image file before work starts."""
+        self._check_category()
         loaders = self.trainer.predict_dataloaders
         self._inspect(*(loader.dataset for loader in (loaders if isinstance(loaders, list) else [loaders])))
 
@@ -275,21 +380,30 @@ class DeCoDiff(AnomalibModule):
 
     def on_train_start(self) -> None:
         """Scale the latents to the training images, and set the duration where the user left it to the model."""
-        if self.settings.scale_latents and self.trainer.ckpt_path is None:
-            self._fit_latents()
+        if self.trainer.ckpt_path is None:
+            self.model.fit(*self._normal_images(self.trainer.train_dataloader), self._generator)
+            self._same_everywhere()
         if self._chooses_duration:
             self._set_duration()
         self._began, self._began_at_step = time.monotonic(), self.trainer.global_step
 
-    def _fit_latents(self) -> None:
-        """Fit the scale of the latents to the first training batches."""
-        images: list[torch.Tensor] = []
-        for batch in self._prepared(self.trainer.train_dataloader):
-            images.extend(batch.image)
-            if len(images) >= MAX_FIT_IMAGES:
+    def _normal_images(self, loader: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some normal images of each category, ``(N, 3, H, W)`` as the model takes them, and their category index."""
+        num_categories = len(category_names(self.trainer.datamodule))
+        enough = max(math.ceil(FIT_IMAGES / num_categories), FIT_IMAGES_OF_CATEGORY)
+        kept: dict[int, list[torch.Tensor]] = {}
+        for batch in self._prepared(loader):
+            normal = slice(None) if batch.gt_label is None else ~batch.gt_label.bool()
+            for image, category in zip(batch.image[normal], self._named_category(batch)[normal].tolist(), strict=True):
+                if len(kept.setdefault(category, [])) < enough:
+                    kept[category].append(image)
+            if len(kept) == num_categories and all(len(images) == enough for images in kept.values()):
                 break
-        self.model.fit_latents(torch.stack(images[:MAX_FIT_IMAGES]).to(self.device), self._generator)
-        self._same_everywhere()
+        category = [index for index, images in kept.items() for _ in images]
+        images = [image for of_category in kept.values() for image in of_category]
+        if not images:
+            return torch.empty(0), torch.empty(0)
+        return torch.stack(images).to(self.device), torch.tensor(category, device=self.device)
 
     def _prepared(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Batches of a loader as a step receives them, on the CPU."""
@@ -306,12 +420,15 @@ class DeCoDiff(AnomalibModule):
 
     def _set_duration(self) -> None:
         """Train for the preset's steps in whole epochs, and validate a few times rather than every epoch."""
-        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        epochs = math.ceil(self.settings.train_steps / steps_per_epoch)
+        epochs = math.ceil(self.settings.train_steps / self._steps_per_epoch)
         if self.trainer.check_val_every_n_epoch == 1:
             self.trainer.check_val_every_n_epoch = math.ceil(epochs / VALIDATIONS_PER_FIT)
             epochs = self.trainer.check_val_every_n_epoch * math.ceil(epochs / self.trainer.check_val_every_n_epoch)
         self.trainer.fit_loop.max_epochs = epochs
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
 
     @property
     def _chooses_duration(self) -> bool:
@@ -322,7 +439,7 @@ class DeCoDiff(AnomalibModule):
         """Predict the deviation of corrupted normal images."""
         del batch_idx
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._trains_in_bfloat16):
-            loss = self.model.training_loss(batch.image, generator=self._generator)
+            loss = self.model.training_loss(batch.image, self._named_category(batch), self._generator)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.image))
         done = self.trainer.global_step - self._began_at_step
         if done and not math.isinf(self._total_steps):
@@ -342,40 +459,43 @@ class DeCoDiff(AnomalibModule):
         return self.device.type == "cpu" and capabilities.get("avx512_bf16", False)
 
     def on_validation_epoch_start(self) -> None:
-        """Measure the correction of normal images, in whose unit anomalies are stated."""
-        if not self.settings.scale_latents or self.trainer.sanity_checking:
-            return
-        images: list[torch.Tensor] = []
-        for batch in self._prepared(self.trainer.val_dataloaders):
-            normal = slice(None) if batch.gt_label is None else ~batch.gt_label.bool()
-            images.extend(batch.image[normal])
-        if images:
-            spread = images[:: math.ceil(len(images) / MAX_FIT_IMAGES)]  # they come category by category
-            self.model.fit_normal_deviation(torch.stack(spread).to(self.device))
-            self._same_everywhere()
+        """Measure what is normal on the images that thresholds will be set on, in whose unit anomalies are stated."""
+        if not self.trainer.sanity_checking:
+            images, category = self._normal_images(self.trainer.val_dataloaders)
+            if len(images):
+                self.model.calibrate(images, category)
+                self._same_everywhere()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Score normal images; the post-processor sets its thresholds on them."""
         del batch_idx
-        return batch.update(**self.model(batch.image)._asdict())
+        seen = self.model(batch.image, self._named_category(batch))
+        return batch.update(pred_score=seen.pred_score, anomaly_map=seen.anomaly_map)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW on the denoiser; linear warm-up and cosine, by steps."""
+        """AdamW on the denoiser; linear warm-up and cosine, by steps or, as published, by epochs."""
         settings = self.settings
         chosen = self._chooses_duration
         self._total_steps = settings.train_steps if chosen else self.trainer.estimated_stepping_batches
 
-        def factor(step: int) -> float:
-            warm_up = min(1.0, (step + 1) / settings.warmup_steps)
+        def by_steps(step: int) -> float:
+            warm_up = min(1.0, (step + 1) / max(1, settings.warmup_steps))
             progress = min(1.0, step / max(1, self._total_steps))  # 0 where the end is not known: a constant rate
             cosine = (1 + math.cos(math.pi * progress)) / 2
             return warm_up * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
 
+        def by_epochs(epoch: int) -> float:
+            steps = self._steps_per_epoch
+            epochs = EPOCHS if math.isinf(self._total_steps) else math.ceil(self._total_steps / steps)
+            return paper_learning_rate_factor(epoch, epochs, math.ceil(settings.warmup_steps / steps))
+
+        self.trainer.fit_loop.setup_data()  # only the loader knows how long an epoch is
+        factor, interval = (by_epochs, "epoch") if settings.learning_rate_schedule == "epochs" else (by_steps, "step")
         optimizer = torch.optim.AdamW(
             self.model.denoiser.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def configure_gradient_clipping(
         self,
@@ -400,10 +520,13 @@ class DeCoDiff(AnomalibModule):
         return self._score(batch, map_size=self._incoming_size)
 
     def _score(self, batch: Batch, map_size: torch.Size) -> Batch:
-        inspected = self.model.inspect(batch.image)
-        anomaly_map = F.interpolate(inspected.anomaly_map, size=map_size, mode="bilinear")
-        batch.update(pred_score=inspected.pred_score, anomaly_map=anomaly_map)
-        batch.correction = inspected.correction / 2 + 0.5  # in [0, 1], as images are
+        seen = self.model(batch.image, self._given_category(batch))
+        anomaly_map = F.interpolate(seen.anomaly_map, size=map_size, mode="bilinear")
+        batch.update(pred_score=seen.pred_score, anomaly_map=anomaly_map)
+        batch.category_index, batch.strangeness = seen.category, seen.strangeness
+        names = (*self.categories, UNKNOWN)
+        batch.pred_category = [names[index] for index in seen.category.tolist()]
+        batch.correction = seen.correction / 2 + 0.5  # in [0, 1], as images are
         return batch
 
     # ---------------------------------------------------------------- checkpoints
@@ -416,16 +539,17 @@ class DeCoDiff(AnomalibModule):
         checkpoint["decodiff"] = self._identity()
         unaveraged = checkpoint.get("current_model_state", {})
         for name in unaveraged:
-            if name.startswith(("model.codec.", "model.features.")):
+            if name.startswith(("model.codec.", "model.features.", "model.feature_latents.")):
                 unaveraged[name] = checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was saved, whatever the command line said besides the checkpoint.
 
-        Only ``num_steps`` can be chosen anew.
+        Only ``num_steps`` and ``category`` can be chosen anew.
 
         Raises:
-            ValueError: If the checkpoint is another model's, or contradicts an argument that was given.
+            ValueError: If the checkpoint is another model's, contradicts an argument that was given, or training is to
+                go on with other categories.
         """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("decodiff")
@@ -440,12 +564,25 @@ class DeCoDiff(AnomalibModule):
                     f"Leave --model.{name} out, or give another checkpoint."
                 )
                 raise ValueError(msg)
+        categories = tuple(saved["categories"])
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING and categories != self.categories:
+            msg = (
+                f"The checkpoint was trained on the categories {', '.join(categories)}; training cannot go on with "
+                f"{', '.join(self.categories)}, because every category has its place in the weights. Resume with the "
+                "same ones, or start anew."
+            )
+            raise ValueError(msg)
         num_steps = {"num_steps": self.settings.num_steps} if self._was_given("num_steps") else {}
         self.settings = replace(Preset(**saved["settings"]), **num_steps)
-        self._image_size, self._num_categories = tuple(saved["image_size"]), saved["num_categories"]
+        self._image_size = tuple(saved["image_size"])
+        self.categories = self._source_categories = categories
         if {**mine, "settings": None} != {**saved, "settings": None}:
             logger.info("The checkpoint was trained with %s; following it.", saved)
         self.model = self._build_model(saved["codec"]).to(self.device)
+        self._fix_category()
+        if self._trainer is not None and self.trainer.datamodule is not None:
+            # it was set up for the model of the command line, whose size its images would be resized to first
+            self.trainer.datamodule.setup(self.trainer.state.fn)
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint says about the model that it holds, in plain data."""
@@ -454,7 +591,7 @@ class DeCoDiff(AnomalibModule):
             "codec": self.model.codec.spec,
             "features": self.settings.features,
             "denoiser": self.settings.denoiser,
-            "num_categories": self._num_categories,
+            "categories": list(self.categories),
             "settings": asdict(self.settings),
         }
 

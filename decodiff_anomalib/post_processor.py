@@ -1,34 +1,56 @@
-"""Scores and maps that mean the same in every run: thresholds set on normal images at a stated false-alarm rate."""
+"""Scores and maps that mean the same for every category and in every run.
+
+Thresholds are set on normal images, category by category, at a stated false-alarm rate.
+"""
 
 import logging
 import math
+from typing import Any
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
-from scipy import stats
-from torchmetrics import CatMetric, SumMetric
+from torchmetrics import CatMetric
+
+from decodiff_anomalib.calibration import prediction_limit
+from decodiff_anomalib.conditioning import category_indices, category_names, vocabulary
 
 logger = logging.getLogger(__name__)
 
 
+MIN_NORMALS = 20
+
+
 class DeCoDiffPostProcessor(PostProcessor):
-    """Normalises by a threshold that normal images alone define.
+    """Normalises by thresholds that normal images alone define, each category by its own.
 
     A score ``s`` becomes ``s / (s + threshold)``: 0.5 at the threshold, always increasing, never saturating, so that
-    the ranking of images is that of their raw scores (Anomalib's own normalisation clips at the range seen in
-    validation, which ties all anomalies where validation holds only normal images).
+    the ranking of a category's images is that of their raw scores (Anomalib's own normalisation clips at the range seen
+    in validation, which ties all anomalies where validation holds only normal images). Scores of different categories
+    become comparable: each is in units of what its category's normal images reach. Raw scores stay in the batch as
+    ``raw_score``.
 
-    The image threshold is the upper prediction limit of one more normal score, at the false-alarm rate asked for, from
-    Student's t on the logarithms of the normal scores; unlike a quantile it stays honest on a few dozen images. The
-    pixel threshold is the value that the asked share of normal pixels exceeds.
+    The image threshold is the :func:`~decodiff_anomalib.calibration.prediction_limit` of the normal scores at the
+    false-alarm rate asked for. The pixel threshold is the value that the asked share of normal pixels exceeds.
+
+    The category is the one the model inferred (``category_index`` of a batch, ``category`` of an exported graph's
+    predictions), else the one the data name (``category`` of a batch). Without one, and for unknown categories, the
+    thresholds over all normal images are used. An image that the model calls strange to every category (``strangeness``
+    above 1) is anomalous: its score is at least ``strangeness / (strangeness + 1)``, which is above 0.5.
+
+    Works with any of Anomalib's models.
 
     Args:
         false_alarm_rate: Share of normal images to be called anomalous.
         pixel_false_alarm_rate: Share of normal pixels to be called anomalous.
         image_sensitivity: As in Anomalib; 0.5 labels at the threshold.
         pixel_sensitivity: As in Anomalib; 0.5 labels at the threshold.
+
+    Attributes:
+        categories: Names of the categories, in the order of their indices.
+        image_thresholds: ``(K + 1,)``, of each category and over all of them; NaN where none was set.
+        pixel_thresholds: The same for pixels.
 
     Raises:
         ValueError: If a rate is not between 0 and 0.5.
@@ -51,13 +73,41 @@ class DeCoDiffPostProcessor(PostProcessor):
                 raise ValueError(msg)
         self.false_alarm_rate = false_alarm_rate
         self.pixel_false_alarm_rate = pixel_false_alarm_rate
+        self.categories: tuple[str, ...] = ()
+        self.image_thresholds: torch.Tensor
+        self.pixel_thresholds: torch.Tensor
+        self._make_room()
         self._normal_scores = CatMetric()
         self._normal_pixel_tails = CatMetric()
-        self._normal_pixel_count = SumMetric()
+        self._normal_categories = CatMetric()
+
+    def _make_room(self) -> None:
+        """Have a threshold for every category."""
+        for name in ("image_thresholds", "pixel_thresholds"):
+            none_set = torch.full((len(self.categories) + 1,), float("nan"), device=self._image_threshold.device)
+            self.register_buffer(name, none_set)
+
+    # ---------------------------------------------------------------- checkpoints
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "false_alarm_rate", "pixel_false_alarm_rate")
+        return (*super()._checkpoint_config_keys, "false_alarm_rate", "pixel_false_alarm_rate", "categories")
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore the configuration; the thresholds that follow are of its categories."""
+        super().load_checkpoint_config(config)
+        self._make_room()
+
+    # ---------------------------------------------------------------- thresholds
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn which categories there will be."""
+        if stage != "fit":
+            return
+        categories = getattr(pl_module, "categories", None) or vocabulary(category_names(trainer.datamodule))
+        if categories != self.categories:
+            self.categories = categories
+            self._make_room()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args, **kwargs
@@ -71,53 +121,115 @@ class DeCoDiffPostProcessor(PostProcessor):
             normal = ~outputs.gt_label.bool()
         if not normal.any():
             return
-        maps = outputs.anomaly_map[normal].flatten(1).float()
-        # fifty times the share asked for, of each image, holds that share of all of them even where images differ
-        tail = math.ceil(min(1.0, 50 * self.pixel_false_alarm_rate) * maps.shape[1])
         self._normal_scores.update(outputs.pred_score[normal].flatten().float())
-        self._normal_pixel_tails.update(maps.topk(tail, dim=1).values.flatten())
-        self._normal_pixel_count.update(maps.numel())
+        self._normal_categories.update(self._category_of(outputs)[normal].float())
+        if outputs.anomaly_map is not None:
+            maps = outputs.anomaly_map[normal].flatten(1).float()
+            # fifty times the share asked for, of each image, holds that share of all of them even where images differ
+            tail = math.ceil(min(1.0, 50 * self.pixel_false_alarm_rate) * maps.shape[1])
+            self._normal_pixel_tails.update(maps.topk(tail, dim=1).values)
+            self._pixels_of_image = maps.shape[1]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the thresholds."""
         del pl_module
         if not self._normal_scores.update_called:
             return
-        scores, pixel_tail = self._normal_scores.compute(), self._normal_pixel_tails.compute()
-        num_pixels = int(self._normal_pixel_count.compute())
-        for metric in (self._normal_scores, self._normal_pixel_tails, self._normal_pixel_count):
+        scores, category = self._normal_scores.compute(), self._normal_categories.compute()
+        tails = self._normal_pixel_tails.compute() if self._normal_pixel_tails.update_called else None
+        for metric in (self._normal_scores, self._normal_pixel_tails, self._normal_categories):
             metric.reset()
         if len(scores) < 2:
-            logger.warning("One normal validation image sets no threshold; 2 are needed, 20 or more are good.")
+            logger.warning("One normal validation image sets no threshold; 2 are needed, %d are good.", MIN_NORMALS)
             return
-        self._image_threshold.copy_(self._prediction_limit(scores))
-        self._pixel_threshold.copy_(pixel_tail.topk(math.ceil(self.pixel_false_alarm_rate * num_pixels)).values[-1])
+        few = {}
+        for index, name in enumerate((*self.categories, None)):
+            chosen = slice(None) if name is None else category == index
+            count = len(scores[chosen])
+            if 0 < count < MIN_NORMALS:
+                few[name or "all categories"] = count
+            if count < 2:
+                continue
+            self.image_thresholds[index] = prediction_limit(scores[chosen], self.false_alarm_rate)
+            if tails is not None:
+                highest = math.ceil(self.pixel_false_alarm_rate * count * self._pixels_of_image)
+                self.pixel_thresholds[index] = tails[chosen].flatten().topk(highest).values[-1]
+        self._image_threshold.copy_(self.image_thresholds[-1])
+        self._pixel_threshold.copy_(self.pixel_thresholds[-1])
         if trainer.is_global_zero:
             logger.info(
-                "Thresholds from %d normal images: score %.4g for a false-alarm rate of %g, pixel %.4g for %g.",
+                "Thresholds from %d normal images, for a false-alarm rate of %g (pixels %g): scores %s, pixels %s.",
                 len(scores),
-                self._image_threshold.item(),
                 self.false_alarm_rate,
-                self._pixel_threshold.item(),
                 self.pixel_false_alarm_rate,
+                [f"{value:.4g}" for value in self.image_thresholds.tolist()],
+                [f"{value:.4g}" for value in self.pixel_thresholds.tolist()],
             )
+            if few:
+                logger.warning(
+                    "Few normal images to set thresholds on, so that they lie high: %s. %d or more are good.",
+                    ", ".join(f"{count} of {name}" for name, count in few.items()),
+                    MIN_NORMALS,
+                )
 
-    def _prediction_limit(self, scores: torch.Tensor) -> torch.Tensor:
-        """Upper prediction limit of one more of the log-normal ``scores`` ``(N,)``."""
-        logs = scores.clamp_min(torch.finfo(scores.dtype).tiny).double().log()
-        count = len(logs)
-        quantile = float(stats.t.ppf(1 - self.false_alarm_rate, df=count - 1))
-        return (logs.mean() + quantile * logs.std() * math.sqrt(1 + 1 / count)).exp()
+    def _category_of(self, batch: Batch) -> torch.Tensor:
+        """Index ``(B,)`` of each image's category, the number of categories where it has none."""
+        inferred, names = getattr(batch, "category_index", None), getattr(batch, "category", None)
+        if inferred is not None:
+            return inferred
+        if names is not None:
+            return category_indices(names, self.categories).to(batch.image.device)
+        lone = 0 if len(self.categories) == 1 else len(self.categories)
+        return torch.full((len(batch.image),), lone, device=batch.image.device)
+
+    # ---------------------------------------------------------------- applying them
+
+    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Normalise and label the predictions of a model, in exported graphs too."""
+        pred_score, anomaly_map = predictions.pred_score, predictions.anomaly_map
+        if pred_score is None:
+            pred_score = anomaly_map.amax(dim=(-2, -1)).flatten()
+        category, strangeness = (getattr(predictions, name, None) for name in ("category", "strangeness"))
+        if category is None:
+            category = torch.full_like(pred_score.flatten(), len(self.categories), dtype=torch.long)
+        return self._calibrated(pred_score, anomaly_map, category, strangeness)
+
+    def post_process_batch(self, batch: Batch) -> None:
+        """Normalise and label a batch of predictions; without thresholds, leave the scores raw and label nothing."""
+        batch.raw_score = batch.pred_score
+        if self.image_thresholds[-1].isnan():
+            return
+        done = self._calibrated(
+            batch.pred_score, batch.anomaly_map, self._category_of(batch), getattr(batch, "strangeness", None)
+        )
+        batch.update(**done._asdict())
+
+    def _calibrated(
+        self,
+        pred_score: torch.Tensor,
+        anomaly_map: torch.Tensor | None,
+        category: torch.Tensor,
+        strangeness: torch.Tensor | None,
+    ) -> InferenceBatch:
+        score = _normalise(pred_score, self._threshold(self.image_thresholds, category).view_as(pred_score))
+        if strangeness is not None:
+            strangeness = strangeness.view_as(score)
+            score = torch.where(strangeness > 1, torch.maximum(score, strangeness / (strangeness + 1)), score)
+        pred_label = score > 1 - self.image_sensitivity
+        if anomaly_map is None:
+            return InferenceBatch(pred_label=pred_label, pred_score=score)
+        threshold = self._threshold(self.pixel_thresholds, category).view(-1, *[1] * (anomaly_map.ndim - 1))
+        pixels = _normalise(anomaly_map, threshold)
+        pred_mask = pixels > 1 - self.pixel_sensitivity
+        return InferenceBatch(pred_label=pred_label, pred_score=score, pred_mask=pred_mask, anomaly_map=pixels)
 
     @staticmethod
-    def _normalize(
-        preds: torch.Tensor | None,
-        norm_min: torch.Tensor,
-        norm_max: torch.Tensor,
-        threshold: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """Map ``[0, inf)`` to ``[0, 1)`` with the threshold at 0.5; raw where no threshold was set."""
-        del norm_min, norm_max  # the range of normal images says nothing about that of anomalies
-        if preds is None:
-            return None
-        return torch.where(torch.isnan(threshold), preds, preds / (preds + threshold).clamp_min(1e-12))
+    def _threshold(thresholds: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """Thresholds ``(B,)`` of images of ``category`` ``(B,)``; that over all where a category has none."""
+        own = thresholds[category]
+        return torch.where(own.isnan(), thresholds[-1], own)
+
+
+def _normalise(values: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Map ``[0, inf)`` to ``[0, 1)`` with the threshold at 0.5; raw where no threshold was set."""
+    return torch.where(threshold.isnan(), values, values / (values + threshold).clamp_min(1e-12))

@@ -30,6 +30,13 @@ class Preset:
         fusion: ``geometric`` or ``arithmetic`` mean of the maps.
         train_steps: Optimiser steps, unless the trainer is given a duration.
         warmup_steps: Steps until the full learning rate.
+        learning_rate_schedule: ``epochs`` (the paper): constant within an epoch, see
+            :func:`decodiff_anomalib.paper.paper_learning_rate_factor`, the warm-up rounded up to whole epochs;
+            ``steps``: a new rate at each step, down to almost nothing.
+        category_dropout: Share of the samples whose category the denoiser is not told, so that it can do without;
+            where there are several.
+        published_table: Whether models of MVTec AD's or VisA's categories have a row for each of their data set, see
+            :func:`decodiff_anomalib.conditioning.vocabulary`.
         learning_rate: Peak of the cosine.
         weight_decay: Of AdamW.
         ema_decay: Of the averaged weights that are validated, tested and saved; 0 for none.
@@ -53,11 +60,24 @@ class Preset:
     fusion: Literal["geometric", "arithmetic"] = "geometric"
     train_steps: int = 10_400
     warmup_steps: int = 130
+    learning_rate_schedule: Literal["steps", "epochs"] = "epochs"
+    category_dropout: float = 0.0
+    published_table: bool = True
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
     ema_decay: float = 0.0
     gradient_clip: float = 0.0
     mixed_precision: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no later step would.
+
+        Raises:
+            ValueError: If the learning-rate schedule is unknown.
+        """
+        if self.learning_rate_schedule not in {"steps", "epochs"}:
+            msg = f"learning_rate_schedule={self.learning_rate_schedule!r} is unknown; valid: steps, epochs."
+            raise ValueError(msg)
 
 
 BALANCED = Preset(
@@ -72,6 +92,9 @@ BALANCED = Preset(
     latent_clip=None,
     train_steps=600,
     warmup_steps=50,
+    learning_rate_schedule="steps",
+    category_dropout=0.1,
+    published_table=False,
     learning_rate=1e-3,
     weight_decay=1e-2,
     ema_decay=0.99,

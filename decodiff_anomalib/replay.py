@@ -12,24 +12,31 @@ class Replay:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._next = 0
 
     def exchange(
-        self, latents: torch.Tensor, deviation: torch.Tensor, batch_size: int, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        latents: torch.Tensor,
+        deviation: torch.Tensor,
+        category: torch.Tensor,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keep fresh samples and return them with older ones.
 
         Args:
             latents: Fresh clean latents ``(F, C, h, w)``.
             deviation: Their deviations ``(F, C, h, w)``.
+            category: Their category indices ``(F,)``.
             batch_size: Samples to return, at least ``F``.
             generator: Source of randomness, on the CPU.
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor]: Latents and deviations ``(batch_size, C, h, w)``.
+            tuple[torch.Tensor, torch.Tensor, torch.Tensor]: Latents and deviations ``(batch_size, C, h, w)``, category
+            indices ``(batch_size,)``.
         """
-        for sample in zip(latents.half(), deviation.half(), strict=True):
+        for sample in zip(latents.half(), deviation.half(), category, strict=True):
             if len(self._samples) < self.capacity:
                 self._samples.append(sample)
             else:
@@ -40,4 +47,5 @@ class Replay:
         return (
             torch.cat([latents, *(sample[0][None].to(latents) for sample in older)]),
             torch.cat([deviation, *(sample[1][None].to(deviation) for sample in older)]),
+            torch.cat([category, *(sample[2][None] for sample in older)]),
         )

@@ -1,17 +1,18 @@
 """DeCo-Diff from image to anomaly map, top to bottom."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from anomalib.data import InferenceBatch
 from torch import nn
 
 from decodiff_anomalib.codec import build_codec
+from decodiff_anomalib.conditioning import CategoryRouter
 from decodiff_anomalib.corruption import corrupt_latents
 from decodiff_anomalib.defects import draw_defects
-from decodiff_anomalib.denoiser import SPATIAL_DIVISOR, build_denoiser
+from decodiff_anomalib.denoiser import SPATIAL_DIVISOR, FoldedDenoiser, build_denoiser
 from decodiff_anomalib.discrepancy import (
     fuse,
     gaussian_blur,
@@ -19,7 +20,7 @@ from decodiff_anomalib.discrepancy import (
     pixel_discrepancy,
     resize_mirrored,
 )
-from decodiff_anomalib.features import VisualFeatures
+from decodiff_anomalib.features import PACKAGED_BACKBONE, FeatureLatents, VisualFeatures
 from decodiff_anomalib.presets import Preset
 from decodiff_anomalib.replay import Replay
 from decodiff_anomalib.schedule import DeviationSchedule
@@ -28,20 +29,24 @@ MIN_LATENT_STD = 0.2
 REPLAY_CAPACITY = 512
 
 
-class Correction(NamedTuple):
+class Inspection(NamedTuple):
     """What the model makes of a batch of images.
 
     Attributes:
+        pred_score: ``(B,)``, at least 0.
+        anomaly_map: ``(B, 1, H, W)``, at least 0.
+        category: Category index ``(B,)``; the number of categories means unknown.
+        strangeness: How far the images are from all categories, ``(B,)``, unknown above 1; 0 where they were not asked.
         reconstruction: The images through the codec alone, ``(B, 3, H, W)``, about [-1, 1].
         correction: What they should have looked like, ``(B, 3, H, W)``, about [-1, 1].
-        anomaly_map: ``(B, 1, H, W)``, at least 0.
-        pred_score: ``(B,)``, at least 0.
     """
 
+    pred_score: torch.Tensor
+    anomaly_map: torch.Tensor
+    category: torch.Tensor
+    strangeness: torch.Tensor
     reconstruction: torch.Tensor
     correction: torch.Tensor
-    anomaly_map: torch.Tensor
-    pred_score: torch.Tensor
 
 
 class DeCoDiffModel(nn.Module):
@@ -50,8 +55,12 @@ class DeCoDiffModel(nn.Module):
     Args:
         preset: The settings of the method.
         image_size: Working height and width.
-        num_categories: Product categories the denoiser is conditioned on.
+        num_categories: Product categories ``K`` the model is conditioned on. Where there are several, or visual
+            features join the latents anyway, the category of an image is inferred from it.
         codec: Overrides the preset's codec, see :func:`decodiff_anomalib.codec.build_codec`.
+
+    Attributes:
+        fixed_category: Index that all images are taken to be of, ``K`` for unknown; ``None`` infers it.
 
     Raises:
         ValueError: If the image size does not fit the codec and the denoiser.
@@ -72,8 +81,12 @@ class DeCoDiffModel(nn.Module):
             nearest = tuple(max(1, round(side / divisor)) * divisor for side in image_size)
             msg = f"image_size={tuple(image_size)} must be multiples of {divisor} pixels, such as {nearest}."
             raise ValueError(msg)
-        self.features = VisualFeatures(preset.features) if preset.features else None
-        latent_channels = self.codec.latent_channels + (self.features.channels if self.features else 0)
+        self.num_categories = num_categories
+        self.fixed_category: int | None = None
+        self.features = VisualFeatures(preset.features or PACKAGED_BACKBONE) if self._sees else None
+        self.feature_latents = FeatureLatents(self.features.channels, num_categories) if preset.features else None
+        self.router = CategoryRouter(num_categories, self.features.channels) if self.features else None
+        latent_channels = self.codec.latent_channels + (self.feature_latents.channels if self.feature_latents else 0)
         self.denoiser = build_denoiser(
             preset.denoiser,
             latent_channels=latent_channels,
@@ -83,13 +96,19 @@ class DeCoDiffModel(nn.Module):
         self.schedule = DeviationSchedule(
             num_inference_steps=preset.num_steps, timestep_spacing=preset.timestep_spacing
         )
+        self._timesteps: list[int] = self.schedule.timesteps.tolist()
         self.latent_mean: torch.Tensor
         self.latent_std: torch.Tensor
-        self.register_buffer("latent_mean", torch.zeros(self.codec.latent_channels, 1, 1))
         self.normal_deviation: torch.Tensor
+        self.register_buffer("latent_mean", torch.zeros(self.codec.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(self.codec.latent_channels, 1, 1))
-        self.register_buffer("normal_deviation", torch.ones(latent_channels, 1, 1))
+        self.register_buffer("normal_deviation", torch.ones(num_categories + 1, latent_channels, 1, 1))
         self._replay = Replay(REPLAY_CAPACITY)
+
+    @property
+    def _sees(self) -> bool:
+        """Whether visual features are of use: as latents, or to tell several categories apart."""
+        return self.preset.features is not None or self.num_categories > 1
 
     def train(self, mode: bool = True) -> "DeCoDiffModel":
         """Set the mode of the denoiser; the frozen parts stay in evaluation mode."""
@@ -99,28 +118,45 @@ class DeCoDiffModel(nn.Module):
             self.features.eval()
         return self
 
-    def forward(self, images: torch.Tensor, category: torch.Tensor | None = None) -> InferenceBatch:
-        """Detect anomalies in ``images`` ``(B, 3, H, W)`` in [-1, 1], of category index ``(B,)``."""
-        inspected = self.inspect(images, category)
-        return InferenceBatch(pred_score=inspected.pred_score, anomaly_map=inspected.anomaly_map)
+    def forward(self, images: torch.Tensor, category: torch.Tensor | None = None) -> Inspection:
+        """Image -> category, latents -> correction -> reconstruction -> discrepancy -> score.
 
-    def inspect(self, images: torch.Tensor, category: torch.Tensor | None = None) -> Correction:
-        """Image -> latents -> correction -> reconstruction -> discrepancy -> score; arguments as :meth:`forward`."""
-        features = self.features.extract(images) if self.features else None
+        Args:
+            images: ``(B, 3, H, W)`` in [-1, 1].
+            category: Category index ``(B,)``, where it is not to be inferred.
+        """
+        features = self.features(images) if self.features else None
+        category, strangeness = self.route(images, features, category)
         latents = self.encode(images, features=features)
         corrected = self.correct(latents, category)
         decoded = self.decode(torch.cat([latents, corrected]))
         reconstruction, correction = decoded.unflatten(0, (2, -1)).unbind()
 
-        preset, size, scale = self.preset, images.shape[-2:], self.normal_deviation
+        preset, size, scale = self.preset, images.shape[-2:], self.normal_deviation[category]
         maps = [
             pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma),
             latent_discrepancy(corrected / scale, latents / scale, size, preset.latent_clip, preset.latent_sigma),
         ]
-        if self.features:
-            maps.append(resize_mirrored(gaussian_blur(self.features.novelty(features), preset.latent_sigma), size))
+        if self.feature_latents:
+            novelty = self.feature_latents.novelty(features, category)
+            maps.append(resize_mirrored(gaussian_blur(novelty, preset.latent_sigma), size))
         anomaly_map = fuse(*maps, mode=preset.fusion)
-        return Correction(reconstruction, correction, anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
+        return Inspection(
+            anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, category, strangeness, reconstruction, correction
+        )
+
+    def route(
+        self, images: torch.Tensor, features: torch.Tensor | None, category: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Category index ``(B,)`` and strangeness ``(B,)``: as given, as fixed, or as inferred, in this order."""
+        ours = torch.zeros_like(images[:, 0, 0, 0])
+        if category is not None:
+            return category, ours
+        if self.fixed_category is not None:
+            return torch.full_like(ours, self.fixed_category, dtype=torch.long), ours
+        if self.router is None:
+            return ours.long(), ours
+        return self.router(features)
 
     def encode(
         self,
@@ -128,7 +164,7 @@ class DeCoDiffModel(nn.Module):
         generator: torch.Generator | None = None,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Latents ``(B, C, h, w)``: the codec's, then the features, both scaled by :meth:`fit_latents`.
+        """Latents ``(B, C, h, w)``: the codec's, then the features, both scaled by :meth:`fit`.
 
         Args:
             images: ``(B, 3, H, W)`` in [-1, 1].
@@ -137,52 +173,83 @@ class DeCoDiffModel(nn.Module):
         """
         with torch.autocast(images.device.type, enabled=False):  # deviations are small differences of latents
             latents = (self.codec.encode(images, generator=generator) - self.latent_mean) / self.latent_std
-        if not self.features:
+        if not self.feature_latents:
             return latents
-        features = self.features.extract(images) if features is None else features
-        return torch.cat([latents, self.features(features)], dim=1)
+        features = self.features(images) if features is None else features
+        return torch.cat([latents, self.feature_latents(features)], dim=1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images ``(B, 3, H, W)`` of :meth:`encode`'s latents; the features are not needed for it."""
         return self.codec.decode(latents[:, : self.codec.latent_channels] * self.latent_std + self.latent_mean)
 
-    @torch.no_grad()
-    def fit_latents(self, images: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        """Scale each latent channel to zero mean and unit variance on normal ``images`` ``(N, 3, H, W)``.
-
-        A codec serves any picture; the parts of one product use a small range of it. Channels that hardly vary are
-        scaled less, so that their noise is not blown up.
-        """
-        latents = self.codec.encode(images)
-        variance, mean = torch.var_mean(latents, dim=(0, 2, 3), keepdim=True)
-        floor = MIN_LATENT_STD * variance.mean().sqrt()
-        self.latent_mean.copy_(mean[0])
-        self.latent_std.copy_(variance[0].sqrt().clamp_min(floor))
-        if self.features:
-            self.features.fit(images, generator)
-
-    @torch.no_grad()
-    def fit_normal_deviation(self, images: torch.Tensor) -> None:
-        """Measure how much each latent channel of normal ``images`` ``(N, 3, H, W)`` is corrected, on average.
-
-        Discrepancies are stated in this unit, so that a channel which is always corrected a little drowns no other.
-        """
-        latents = self.encode(images)
-        deviation = (self.correct(latents) - latents).abs().mean(dim=(0, 2, 3))
-        self.normal_deviation.copy_(deviation.clamp_min(torch.finfo(deviation.dtype).tiny).view(-1, 1, 1))
-
-    def correct(self, latents: torch.Tensor, category: torch.Tensor | None = None) -> torch.Tensor:
+    def correct(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Undo deviations from ``latents`` ``(B, C, h, w)``, which are taken as the most deviated state: no noise."""
-        category = self._category_of(latents, category)
-        for index in range(self.schedule.num_inference_steps):
-            timesteps = self.schedule.timesteps[index].expand(latents.shape[0])
-            latents = self.schedule.step(latents, self.denoiser(latents, timesteps, category), index)
+        for index, timestep in enumerate(self._timesteps):
+            latents = self.schedule.step(latents, self.denoiser(latents, timestep, category), index)
         return latents
+
+    def folded(self) -> "DeCoDiffModel":
+        """A copy for inference alone: what no image changes is worked out, see :class:`FoldedDenoiser`."""
+        heavy = {id(self.denoiser): FoldedDenoiser(self.denoiser, self._timesteps), id(self._replay): None}
+        return copy.deepcopy(self, heavy).eval()
+
+    # ---------------------------------------------------------------- what normal images are like
+
+    @torch.no_grad()
+    def fit(self, images: torch.Tensor, category: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """Learn the latent space and the categories of normal training images.
+
+        Where the preset scales latents, each channel gets zero mean and unit variance: a codec serves any picture, the
+        parts of some products use a small range of it. Channels that hardly vary are scaled less, so that their noise
+        is not blown up.
+
+        Args:
+            images: ``(N, 3, H, W)`` in [-1, 1].
+            category: ``(N,)``.
+            generator: Source of randomness, on the CPU.
+        """
+        if self.preset.scale_latents:
+            latents = torch.cat([self.codec.encode(chunk) for chunk in images.split(16)])
+            variance, mean = torch.var_mean(latents, dim=(0, 2, 3), keepdim=True)
+            floor = MIN_LATENT_STD * variance.mean().sqrt()
+            self.latent_mean.copy_(mean[0])
+            self.latent_std.copy_(variance[0].sqrt().clamp_min(floor))
+        if self.features:
+            features = torch.cat([self.features(chunk) for chunk in images.split(16)])
+            self.router.fit(self.router.pool(features), category)
+            if self.feature_latents:
+                self.feature_latents.fit(features, category, generator)
+
+    @torch.no_grad()
+    def calibrate(self, images: torch.Tensor, category: torch.Tensor) -> None:
+        """Learn from normal images that were not trained on what correction and strangeness are normal.
+
+        Discrepancies are stated in units of the mean correction of each latent channel, category by category, so that a
+        channel which is always corrected a little drowns no other.
+
+        Args:
+            images: ``(N, 3, H, W)`` in [-1, 1].
+            category: ``(N,)``.
+        """
+        if self.features:
+            cells = torch.cat([self.router.pool(self.features(chunk)) for chunk in images.split(16)])
+            self.router.calibrate(cells, category)
+        if self.preset.scale_latents:
+            corrections = []
+            for chunk, index in zip(images.split(16), category.split(16), strict=True):
+                latents = self.encode(chunk)
+                corrections.append((self.correct(latents, index) - latents).abs().mean(dim=(2, 3)))
+            corrections = torch.cat(corrections).clamp_min(torch.finfo(images.dtype).tiny)[..., None, None]
+            self.normal_deviation[-1] = corrections.mean(0)
+            for index in category.unique():
+                self.normal_deviation[index] = corrections[category == index].mean(0)
+
+    # ---------------------------------------------------------------- training
 
     def training_loss(
         self,
         images: torch.Tensor,
-        category: torch.Tensor | None = None,
+        category: torch.Tensor,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """Mean squared error of the predicted deviation of corrupted normal images, as published.
@@ -203,12 +270,13 @@ class DeCoDiffModel(nn.Module):
                 fresh = images[: self.preset.fresh_per_step]
                 latents, defective = self.encode(torch.cat([fresh, draw_defects(fresh, generator)])).chunk(2)
                 num_samples = max(len(fresh), self.preset.samples_per_step)
-                latents, deviation = self._replay.exchange(latents, defective - latents, num_samples, generator)
+                latents, deviation, category = self._replay.exchange(
+                    latents, defective - latents, category[: len(fresh)], num_samples, generator
+                )
                 timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
             deviated = self.schedule.deviate(latents, deviation, timesteps)
-        predicted = self.denoiser(deviated, timesteps, self._category_of(latents, category))
+            if self.num_categories > 1 and self.preset.category_dropout:
+                dropped = torch.rand(len(category), generator=generator) < self.preset.category_dropout
+                category = category.masked_fill(dropped.to(category.device), self.num_categories)
+        predicted = self.denoiser(deviated, timesteps, category)
         return (deviation - predicted).square().mean()
-
-    @staticmethod
-    def _category_of(latents: torch.Tensor, category: torch.Tensor | None) -> torch.Tensor:
-        return torch.zeros_like(latents[:, 0, 0, 0], dtype=torch.long) if category is None else category

@@ -13,11 +13,12 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from decodiff_anomalib.conditioning import UNKNOWN
 from decodiff_anomalib.data.images import image_paths
 
 
 class DeCoDiffVisualizer(ImageVisualizer):
-    """Anomalib's picture of each test or predict image, with the correction beside it.
+    """Anomalib's picture of each test or predict image, with the correction and the inferred category beside it.
 
     Pictures keep their path below the folder that all images share, so that equal file names never overwrite each
     other. They go to ``<run>/images``.
@@ -33,7 +34,7 @@ class DeCoDiffVisualizer(ImageVisualizer):
         dataloader_idx: int = 0,
     ) -> None:
         """Save one picture per image."""
-        del pl_module, outputs, batch_idx
+        del outputs, batch_idx
         output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         common = _common_folder(trainer, dataloader_idx)
         corrections = getattr(batch, "correction", None)
@@ -50,17 +51,19 @@ class DeCoDiffVisualizer(ImageVisualizer):
             if picture is None:
                 continue
             if corrections is not None:
-                picture = _beside(picture, self._panel(corrections[index]))
+                told_apart = len(pl_module.categories) > 1 or batch.pred_category[index] == UNKNOWN
+                title = f"Correction: {batch.pred_category[index]}" if told_apart else "Correction"
+                picture = _beside(picture, self._panel(corrections[index], title))
             path = Path(item.image_path)
             target = output_dir / (path.relative_to(common) if path.is_relative_to(common) else path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target.with_suffix(".png"))
 
-    def _panel(self, correction: torch.Tensor) -> Image.Image:
+    def _panel(self, correction: torch.Tensor, title: str) -> Image.Image:
         """The correction ``(3, H, W)`` in [0, 1] as a panel of the picture."""
         image = to_pil_image(correction.float().clamp(0, 1).cpu()).resize(self.field_size)
         options = {name: value for name, value in self.text_config.items() if name != "enable"}
-        return add_text_to_image(image, "Correction", **options) if self.text_config["enable"] else image
+        return add_text_to_image(image, title, **options) if self.text_config["enable"] else image
 
 
 def _beside(left: Image.Image, right: Image.Image) -> Image.Image:

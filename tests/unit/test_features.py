@@ -4,21 +4,28 @@ import pytest
 import torch
 
 from decodiff_anomalib import features as module
-from decodiff_anomalib.features import VisualFeatures
+from decodiff_anomalib.features import FeatureLatents, VisualFeatures
 
 
 @pytest.fixture(scope="module")
-def fitted() -> tuple[VisualFeatures, torch.Tensor]:
+def backbone() -> VisualFeatures:
+    return VisualFeatures()
+
+
+@pytest.fixture(scope="module")
+def fitted(backbone: VisualFeatures) -> tuple[FeatureLatents, torch.Tensor]:
+    """Latents of two categories, the second a brighter version of the first, and the features they were fitted to."""
     smooth = torch.nn.functional.interpolate(torch.randn(12, 3, 16, 16), size=(64, 64), mode="bicubic")
     images = (smooth + 0.2 * torch.randn(12, 3, 64, 64)).clamp(-1, 1)
-    features = VisualFeatures()
-    features.fit(images, torch.Generator().manual_seed(0))
-    return features, images
+    images[6:] = images[6:] / 3 + 0.6
+    features = backbone(images)
+    latents = FeatureLatents(backbone.channels, num_categories=2)
+    latents.fit(features, torch.arange(12) // 6, torch.Generator().manual_seed(0))
+    return latents, features
 
 
-def test_components_are_whitened(fitted: tuple[VisualFeatures, torch.Tensor]) -> None:
-    features, images = fitted
-    latents = features(features.extract(images))
+def test_components_are_whitened(fitted: tuple[FeatureLatents, torch.Tensor]) -> None:
+    latents = fitted[0](fitted[1])
     assert latents.shape == (12, 32, 8, 8)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(32), atol=1e-3, rtol=0)
     assert latents.std((0, 2, 3))[0] == pytest.approx(1, abs=0.01)
@@ -26,14 +33,22 @@ def test_components_are_whitened(fitted: tuple[VisualFeatures, torch.Tensor]) ->
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-2
 
 
-def test_novelty_is_the_distance_to_the_nearest_remembered_feature(fitted: tuple[VisualFeatures, torch.Tensor]) -> None:
-    features, images = fitted
-    extracted = features.extract(images[:2])
-    whitened = (extracted.movedim(1, -1) - features.center) @ features.whitening.T
-    expected = torch.cdist(whitened.flatten(0, -2), features.bank).amin(1).view(2, 1, 8, 8)
-    torch.testing.assert_close(features.novelty(extracted), expected, atol=2e-2, rtol=1e-3)
-    strange = features.extract(torch.rand(1, 3, 64, 64).round() * 2 - 1)
-    assert features.novelty(strange).mean() > 2 * features.novelty(extracted).mean()
+def test_novelty_is_the_distance_to_the_nearest_remembered_feature_of_the_category(
+    backbone: VisualFeatures, fitted: tuple[FeatureLatents, torch.Tensor]
+) -> None:
+    latents, features = fitted
+    whitened = (features.movedim(1, -1) - latents.center) @ latents.whitening.T
+    for category in (0, 1, 2):
+        expected = torch.cdist(whitened.flatten(0, -2), latents.bank[category]).amin(1).view(12, 1, 8, 8)
+        found = latents.novelty(features, torch.full((12,), category))
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-3)
+    own, other, any_of_them = (
+        latents.novelty(features[:6], torch.full((6,), category)).mean() for category in (0, 1, 2)
+    )
+    assert other > 1.5 * own
+    assert any_of_them < other
+    strange = backbone(torch.rand(1, 3, 64, 64).round() * 2 - 1)
+    assert latents.novelty(strange, torch.tensor([0])).mean() > 2 * own
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

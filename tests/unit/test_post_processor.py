@@ -6,6 +6,8 @@ import pytest
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 
+from decodiff_anomalib.calibration import prediction_limit
+from decodiff_anomalib.data.multi_category import CategoryBatch
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 
 TRAINER = SimpleNamespace(sanity_checking=False, is_global_zero=True)
@@ -21,19 +23,6 @@ def calibrate(processor: DeCoDiffPostProcessor, scores: torch.Tensor, maps: torc
         )
         processor.on_validation_batch_end(TRAINER, None, batch)
     processor.on_validation_epoch_end(TRAINER, None)
-
-
-@pytest.mark.parametrize("count", [10, 24, 100])
-def test_realised_false_alarm_rate(count: int) -> None:
-    """Over many calibrations on few log-normal scores, fresh ones exceed the threshold as often as asked."""
-    generator = torch.Generator().manual_seed(0)
-    processor = DeCoDiffPostProcessor(false_alarm_rate=0.05)
-    rates = []
-    for _ in range(300):
-        scores = torch.randn(count, generator=generator).mul(0.4).exp()
-        threshold = processor._prediction_limit(scores)
-        rates.append((torch.randn(2000, generator=generator).mul(0.4).exp() > threshold).float().mean())
-    assert torch.stack(rates).mean() == pytest.approx(0.05, abs=0.01)
 
 
 def test_pixel_threshold_is_the_quantile_of_all_normal_pixels() -> None:
@@ -67,10 +56,108 @@ def test_normalised_scores_keep_the_ranking_without_ties() -> None:
     assert torch.equal(out.pred_score > 0.5, raw > processor.image_threshold)
 
 
-def test_without_calibration_scores_stay_raw() -> None:
+def test_without_calibration_scores_stay_raw_and_nothing_is_labelled() -> None:
     raw = torch.tensor([0.1, 5.0])
     out = DeCoDiffPostProcessor()(InferenceBatch(pred_score=raw, anomaly_map=raw.view(-1, 1, 1, 1)))
     assert torch.equal(out.pred_score, raw)
+    batch = ImageBatch(image=torch.zeros(2, 3, 1, 1), pred_score=raw, anomaly_map=raw.view(-1, 1, 1, 1))
+    DeCoDiffPostProcessor().post_process_batch(batch)
+    assert torch.equal(batch.pred_score, raw)
+    assert batch.pred_label is None
+
+
+# ---------------------------------------------------------------- several categories
+
+SCALES = {"bolt": 1.0, "felt": 100.0}
+
+
+def scores_of(category: str, count: int, seed: int) -> torch.Tensor:
+    """Log-normal scores on the category's scale."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).mul(0.3).exp() * SCALES[category]
+
+
+def batch_of(category: str | None, scores: torch.Tensor) -> CategoryBatch:
+    return CategoryBatch(
+        image=torch.zeros(len(scores), 3, 8, 8),
+        pred_score=scores,
+        anomaly_map=scores[:, None, None, None] * torch.linspace(0, 1, 64).view(1, 1, 8, 8),
+        category=None if category is None else [category] * len(scores),
+    )
+
+
+@pytest.fixture(scope="module")
+def two_categories() -> DeCoDiffPostProcessor:
+    processor = DeCoDiffPostProcessor(false_alarm_rate=0.05)
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(categories=list(SCALES)), **vars(TRAINER))
+    processor.setup(trainer, SimpleNamespace(), "fit")
+    for category in SCALES:
+        processor.on_validation_batch_end(TRAINER, None, batch_of(category, scores_of(category, 60, seed=0)))
+    processor.on_validation_epoch_end(TRAINER, None)
+    return processor
+
+
+def test_each_category_keeps_the_false_alarm_rate_by_its_own_threshold(two_categories) -> None:
+    for index, category in enumerate(SCALES):
+        limit = prediction_limit(scores_of(category, 60, seed=0), 0.05)
+        assert two_categories.image_thresholds[index] == pytest.approx(float(limit))
+        batch = batch_of(category, scores_of(category, 4000, seed=1))
+        raw = batch.pred_score.clone()
+        two_categories.post_process_batch(batch)
+        assert torch.equal(batch.raw_score, raw)
+        assert torch.equal(batch.pred_label, raw > limit)
+        assert batch.pred_label.float().mean() == pytest.approx(0.05, abs=0.03)
+        torch.testing.assert_close(batch.pred_score, raw / (raw + limit.float()))
+
+
+def test_scores_of_categories_become_comparable(two_categories) -> None:
+    medians = []
+    for category in SCALES:
+        batch = batch_of(category, scores_of(category, 500, seed=2))
+        two_categories.post_process_batch(batch)
+        medians.append(batch.pred_score.median())
+    assert medians[0] == pytest.approx(float(medians[1]), abs=0.02)
+
+
+def test_an_exported_graph_and_a_batch_get_the_same(two_categories) -> None:
+    scores = scores_of("felt", 5, seed=3)
+    batch = batch_of("felt", scores)
+    given = batch.anomaly_map.clone()
+    graph = SimpleNamespace(
+        pred_score=scores, anomaly_map=given, category=torch.ones(5, dtype=torch.long), strangeness=torch.zeros(5)
+    )
+    out = two_categories(graph)
+    two_categories.post_process_batch(batch)
+    for name in ("pred_score", "anomaly_map", "pred_label", "pred_mask"):
+        assert torch.equal(getattr(out, name).squeeze(), getattr(batch, name).squeeze()), name
+
+
+def test_unknown_and_unnamed_images_are_judged_by_the_threshold_over_all(two_categories) -> None:
+    raw = torch.tensor([5.0])
+    for category in (None, "cloth"):
+        batch = batch_of(category, raw.clone())
+        two_categories.post_process_batch(batch)
+        torch.testing.assert_close(batch.pred_score, raw / (raw + two_categories.image_thresholds[2]))
+
+
+def test_a_strange_image_is_anomalous_and_no_other_score_moves(two_categories) -> None:
+    scores, category = torch.full((3,), 1e-3), torch.tensor([0, 0, 2])
+    maps = scores.view(3, 1, 1, 1)
+    calm = two_categories(SimpleNamespace(pred_score=scores, anomaly_map=maps, category=category))
+    strangeness = torch.tensor([0.0, 0.9, 3.0])
+    out = two_categories(
+        SimpleNamespace(pred_score=scores, anomaly_map=maps, category=category, strangeness=strangeness)
+    )
+    assert out.pred_label.tolist() == [False, False, True]
+    assert torch.equal(out.pred_score[:2], calm.pred_score[:2])
+    assert out.pred_score[2] == pytest.approx(0.75)
+
+
+def test_the_configuration_of_a_checkpoint_makes_room_for_its_thresholds(two_categories) -> None:
+    restored = DeCoDiffPostProcessor()
+    restored.load_checkpoint_config(two_categories.checkpoint_config())
+    restored.load_state_dict(two_categories.state_dict())
+    assert restored.categories == ("bolt", "felt")
+    assert torch.equal(restored.image_thresholds, two_categories.image_thresholds)
 
 
 @pytest.mark.parametrize("name", ["false_alarm_rate", "pixel_false_alarm_rate"])

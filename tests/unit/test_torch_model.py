@@ -33,7 +33,7 @@ def test_a_known_defect_is_corrected_and_mapped_where_it_is() -> None:
     defective = normal.clone()
     defective[:, :, 16:24, 40:48] = 1
     model.denoiser = KnowsTheDefect(model.encode(defective) - model.encode(normal))
-    seen = model.inspect(defective)
+    seen = model(defective)
     scale = model.schedule.scales[model.schedule.timesteps[0]]
     assert scale == pytest.approx(1, abs=2e-5)
     torch.testing.assert_close(seen.correction, model.decode(model.encode(normal)), atol=1e-3, rtol=0)
@@ -48,7 +48,7 @@ def test_a_known_defect_is_corrected_and_mapped_where_it_is() -> None:
 
 def test_an_untrained_model_corrects_nothing() -> None:
     model = DeCoDiffModel(PLAIN, (64, 96)).eval()
-    seen = model.inspect(images())
+    seen = model(images())
     assert torch.equal(seen.correction, seen.reconstruction)
     assert seen.pred_score.max() == 0
 
@@ -57,7 +57,8 @@ def test_an_untrained_model_corrects_nothing() -> None:
 def test_loss_of_an_untrained_model_is_the_energy_of_the_deviation(corruption: str) -> None:
     """Its prediction is 0, so the loss must be the mean square of what it should have predicted; it also repeats."""
     model = DeCoDiffModel(replace(PLAIN, corruption=corruption), (64, 96))
-    losses = [model.training_loss(images(), generator=torch.Generator().manual_seed(s)).item() for s in (0, 0, 1)]
+    category = torch.zeros(2, dtype=torch.long)
+    losses = [model.training_loss(images(), category, torch.Generator().manual_seed(s)).item() for s in (0, 0, 1)]
     assert losses[0] > 0
     if corruption == "patches":
         assert losses[0] == losses[1]
@@ -68,9 +69,9 @@ def test_latents_have_unit_variance_on_the_images_they_were_fitted_to() -> None:
     model = DeCoDiffModel(PRESETS["balanced"], (64, 96))
     coarse = torch.randn(8, 3, 4, 6, generator=torch.Generator().manual_seed(0)) / 3
     smooth = torch.nn.functional.interpolate(coarse, size=(64, 96), mode="bicubic")
-    model.fit_latents(smooth, torch.Generator().manual_seed(0))
+    model.fit(smooth, torch.zeros(8, dtype=torch.long), torch.Generator().manual_seed(0))
     latents = model.encode(smooth)
-    assert latents.shape[1] == model.codec.latent_channels + model.features.channels
+    assert latents.shape[1] == model.codec.latent_channels + model.feature_latents.channels
     assert latents.std((0, 2, 3)).max() < 1.05
     assert latents[:, 0].std() == pytest.approx(1, abs=0.05)
     torch.testing.assert_close(model.decode(latents), model.codec.decode(model.codec.encode(smooth)), atol=1e-4, rtol=0)
@@ -80,3 +81,74 @@ def test_latents_have_unit_variance_on_the_images_they_were_fitted_to() -> None:
 def test_sizes_that_do_not_fit(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="must be multiples of 32 pixels, such as"):
         DeCoDiffModel(PLAIN, size)
+
+
+@pytest.fixture(scope="module")
+def conditioned() -> tuple[DeCoDiffModel, torch.Tensor, torch.Tensor]:
+    """A fitted model of three categories, dark noise, bright noise and stripes, with a few further images of each."""
+    model = DeCoDiffModel(replace(PRESETS["balanced"], num_steps=2), (64, 64), num_categories=3).eval()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(24, 3, 64, 64, generator=generator) / 10
+    stripes = torch.linspace(0, 40, 64).sin() / 2 + noise[16:]
+    images = torch.cat([noise[:8] - 0.6, noise[8:16] + 0.4, stripes])
+    category = torch.arange(24) // 8
+    for parameter in model.denoiser.parameters():  # an untrained one predicts nothing
+        torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    held_out = category.new_tensor([0, 1, 8, 9, 16, 17])
+    training = torch.tensor([index for index in range(24) if index not in held_out])
+    model.fit(images[training], category[training], torch.Generator().manual_seed(0))
+    model.calibrate(images[held_out], category[held_out])
+    return model, images, category
+
+
+def test_an_image_is_treated_as_the_category_that_is_inferred_from_it(conditioned) -> None:
+    model, images, category = conditioned
+    inferred, given = model(images), model(images, category)
+    assert torch.equal(inferred.category, category)
+    assert torch.equal(inferred.anomaly_map, given.anomaly_map)
+    assert (given.strangeness == 0).all()
+    wrong = model(images, (category + 1) % 3)
+    assert (wrong.pred_score != given.pred_score).all()
+
+
+def test_a_fixed_category_is_taken_for_all_images(conditioned) -> None:
+    model, images, _ = conditioned
+    model.fixed_category = 1
+    try:
+        assert torch.equal(model(images).pred_score, model(images, torch.ones(24, dtype=torch.long)).pred_score)
+    finally:
+        model.fixed_category = None
+
+
+def test_one_image_scores_the_same_in_any_company(conditioned) -> None:
+    model, images, _ = conditioned
+    together, alone = model(images), model(images[17:18])
+    torch.testing.assert_close(alone.anomaly_map, together.anomaly_map[17:18])
+
+
+def test_normal_deviation_is_the_mean_correction_of_each_category_and_of_all(conditioned) -> None:
+    model, images, _ = conditioned
+    held_out = torch.tensor([0, 1, 8, 9, 16, 17])
+    latents = model.encode(images[held_out])
+    with torch.no_grad():
+        correction = model.correct(latents, torch.arange(6) // 2) - latents
+    expected = correction.abs().mean((2, 3)).unflatten(0, (3, 2)).mean(1)
+    torch.testing.assert_close(model.normal_deviation[:3, :, 0, 0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.normal_deviation[3, :, 0, 0], expected.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_the_denoiser_is_not_told_every_category_in_training() -> None:
+    """With no category told, the rows of the table share one gradient; with all told, unused rows have none."""
+
+    def row_gradients(share: float) -> torch.Tensor:
+        model = DeCoDiffModel(replace(PLAIN, category_dropout=share), (64, 96), num_categories=3)
+        for parameter in model.denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+        model.training_loss(images(), torch.tensor([1, 1]), torch.Generator().manual_seed(0)).backward()
+        return model.denoiser.category_embedding.weight.grad
+
+    untold, told = row_gradients(1.0), row_gradients(0.0)
+    assert untold.abs().max() > 0
+    torch.testing.assert_close(untold[0], untold[1])
+    assert told[1].abs().max() > 0
+    assert told[0].abs().max() == told[2].abs().max() == 0
