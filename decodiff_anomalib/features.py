@@ -54,31 +54,38 @@ class VisualFeatures(nn.Module):
 
 
 class FeatureLatents(nn.Module):
-    """Visual features as latents, and how new they are to their category.
+    """Visual features as latents, in each category's own units, and how new they are to it.
 
     Args:
         features: Features per position, ``F``.
-        num_categories: ``K``; a further row holds the features of all categories, for images of none.
+        num_categories: ``K``; a further row is of all categories together, for images of none.
         channels: Principal components that become latents.
     """
 
     def __init__(self, features: int, num_categories: int, channels: int = 32) -> None:
         super().__init__()
         self.channels = channels
+        rows = num_categories + 1
         self.center: torch.Tensor
         self.projection: torch.Tensor
         self.whitening: torch.Tensor
         self.bank: torch.Tensor
-        self.register_buffer("center", torch.zeros(features))
-        self.register_buffer("projection", torch.eye(channels, features))
-        self.register_buffer("whitening", torch.eye(features))
+        self.register_buffer("center", torch.zeros(rows, features, 1))
+        self.register_buffer("projection", torch.eye(channels, features).repeat(rows, 1, 1))
+        self.register_buffer("whitening", torch.eye(features).repeat(rows, 1, 1))
         self.bank_energy: torch.Tensor
-        self.register_buffer("bank", torch.zeros(num_categories + 1, BANK_SIZE, features))
-        self.register_buffer("bank_energy", torch.zeros(num_categories + 1, BANK_SIZE), persistent=False)
+        self.register_buffer("bank", torch.zeros(rows, BANK_SIZE, features))
+        self.register_buffer("bank_energy", torch.zeros(rows, BANK_SIZE), persistent=False)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """The leading components ``(B, channels, h, w)`` of ``features`` ``(B, F, h, w)``, whitened."""
-        return F.conv2d(features, self.projection[:, :, None, None], bias=-self.projection @ self.center)
+    def forward(self, features: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """The leading components ``(B, channels, h, w)`` of ``features`` ``(B, F, h, w)``, whitened.
+
+        Args:
+            features: ``(B, F, h, w)``.
+            category: ``(B,)``, whose components they are.
+        """
+        centered = features.flatten(2) - self.center[category]
+        return (self.projection[category] @ centered).unflatten(2, features.shape[-2:])
 
     def novelty(self, features: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Distance ``(B, 1, h, w)`` of ``features`` from the nearest of normal images of their category, all whitened.
@@ -87,15 +94,16 @@ class FeatureLatents(nn.Module):
             features: ``(B, F, h, w)``.
             category: ``(B,)``; ``K`` compares with all categories.
         """
-        whitened = F.conv2d(features, self.whitening[:, :, None, None], bias=-self.whitening @ self.center).flatten(2)
-        # |a - b|^2 by one matrix product: torch.cdist has no ONNX counterpart
-        products = torch.baddbmm(self.bank_energy[category][:, :, None], self.bank[category], whitened, alpha=-2)
-        nearest = products.amin(1, keepdim=True) + whitened.square().sum(1, keepdim=True)
-        return nearest.clamp_min(0).sqrt().unflatten(2, features.shape[-2:])
+        whitened = self.whitening[category] @ (features.flatten(2) - self.center[category])
+        # The nearest by |a - b|^2 - |a|^2, one matrix product: torch.cdist has no ONNX counterpart. Its distance anew,
+        # because so small a difference of large numbers is noise in half precision and integers.
+        products = torch.baddbmm(self.bank_energy[category][:, :, None], self.bank[category], -2 * whitened)
+        nearest = self.bank[category[:, None], products.argmin(1)]
+        return torch.linalg.vector_norm(whitened.mT - nearest, dim=2)[:, None].unflatten(2, features.shape[-2:])
 
     @torch.no_grad()
     def fit(self, features: torch.Tensor, category: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        """Set the components to the principal ones of normal images, and remember some features of each category.
+        """Set the components to the principal ones of normal images, and remember some features, category by category.
 
         Weak components are whitened less, so that their noise is not blown up.
 
@@ -104,15 +112,9 @@ class FeatureLatents(nn.Module):
             category: ``(N,)``.
             generator: Draws the features to remember, on the CPU.
         """
-        flat = features.movedim(1, -1).flatten(0, -2)
-        self.center.copy_(flat.mean(0))
-        variances, directions = torch.linalg.eigh(torch.cov(flat.T.double()))
-        variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
-        self.projection.copy_(_whiten(variances[: self.channels], directions[:, : self.channels]))
-        self.whitening.copy_(_whiten(variances, directions))
-        self._remember(-1, flat, generator)
+        self._fit_row(-1, features, generator)
         for index in category.unique():
-            self._remember(int(index), features[category == index].movedim(1, -1).flatten(0, -2), generator)
+            self._fit_row(int(index), features[category == index], generator)
         self._measure_bank()
 
     def _measure_bank(self) -> None:
@@ -122,9 +124,16 @@ class FeatureLatents(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._measure_bank()
 
-    def _remember(self, row: int, flat: torch.Tensor, generator: torch.Generator | None) -> None:
+    def _fit_row(self, row: int, features: torch.Tensor, generator: torch.Generator | None) -> None:
+        flat = features.movedim(1, -1).flatten(0, -2)
+        center = flat.mean(0)
+        variances, directions = torch.linalg.eigh(torch.cov(flat.T.double()))
+        variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
+        self.center[row] = center[:, None]
+        self.projection[row] = _whiten(variances[: self.channels], directions[:, : self.channels])
+        self.whitening[row] = _whiten(variances, directions)
         chosen = torch.randint(len(flat), (BANK_SIZE,), generator=generator).to(flat.device)
-        self.bank[row] = (flat[chosen] - self.center) @ self.whitening.T
+        self.bank[row] = (flat[chosen] - center) @ self.whitening[row].T
 
 
 def _whiten(variances: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:

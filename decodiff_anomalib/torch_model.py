@@ -100,9 +100,10 @@ class DeCoDiffModel(nn.Module):
         self.latent_mean: torch.Tensor
         self.latent_std: torch.Tensor
         self.normal_deviation: torch.Tensor
-        self.register_buffer("latent_mean", torch.zeros(self.codec.latent_channels, 1, 1))
-        self.register_buffer("latent_std", torch.ones(self.codec.latent_channels, 1, 1))
-        self.register_buffer("normal_deviation", torch.ones(num_categories + 1, latent_channels, 1, 1))
+        rows = num_categories + 1
+        self.register_buffer("latent_mean", torch.zeros(rows, self.codec.latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(rows, self.codec.latent_channels, 1, 1))
+        self.register_buffer("normal_deviation", torch.ones(rows, latent_channels, 1, 1))
         self._replay = Replay(REPLAY_CAPACITY)
 
     @property
@@ -127,9 +128,9 @@ class DeCoDiffModel(nn.Module):
         """
         features = self.features(images) if self.features else None
         category, strangeness = self.route(images, features, category)
-        latents = self.encode(images, features=features)
+        latents = self.encode(images, category, features=features)
         corrected = self.correct(latents, category)
-        decoded = self.decode(torch.cat([latents, corrected]))
+        decoded = self.decode(torch.cat([latents, corrected]), category.repeat(2))
         reconstruction, correction = decoded.unflatten(0, (2, -1)).unbind()
 
         preset, size, scale = self.preset, images.shape[-2:], self.normal_deviation[category]
@@ -161,26 +162,30 @@ class DeCoDiffModel(nn.Module):
     def encode(
         self,
         images: torch.Tensor,
+        category: torch.Tensor,
         generator: torch.Generator | None = None,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Latents ``(B, C, h, w)``: the codec's, then the features, both scaled by :meth:`fit`.
+        """Latents ``(B, C, h, w)``: the codec's, then the features, both in the units of :meth:`fit`.
 
         Args:
             images: ``(B, 3, H, W)`` in [-1, 1].
+            category: ``(B,)``, whose units they are.
             generator: For codecs that sample, see :mod:`decodiff_anomalib.codec`.
             features: The images' features, where they were extracted already.
         """
         with torch.autocast(images.device.type, enabled=False):  # deviations are small differences of latents
-            latents = (self.codec.encode(images, generator=generator) - self.latent_mean) / self.latent_std
+            latents = self.codec.encode(images, generator=generator)
+            latents = (latents - self.latent_mean[category]) / self.latent_std[category]
         if not self.feature_latents:
             return latents
         features = self.features(images) if features is None else features
-        return torch.cat([latents, self.feature_latents(features)], dim=1)
+        return torch.cat([latents, self.feature_latents(features, category)], dim=1)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Images ``(B, 3, H, W)`` of :meth:`encode`'s latents; the features are not needed for it."""
-        return self.codec.decode(latents[:, : self.codec.latent_channels] * self.latent_std + self.latent_mean)
+        latents = latents[:, : self.codec.latent_channels]
+        return self.codec.decode(latents * self.latent_std[category] + self.latent_mean[category])
 
     def correct(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Undo deviations from ``latents`` ``(B, C, h, w)``, which are taken as the most deviated state: no noise."""
@@ -190,8 +195,9 @@ class DeCoDiffModel(nn.Module):
 
     def folded(self) -> "DeCoDiffModel":
         """A copy for inference alone: what no image changes is worked out, see :class:`FoldedDenoiser`."""
-        heavy = {id(self.denoiser): FoldedDenoiser(self.denoiser, self._timesteps), id(self._replay): None}
-        return copy.deepcopy(self, heavy).eval()
+        folded = copy.deepcopy(self, {id(self._replay): None})
+        folded.denoiser = FoldedDenoiser(folded.denoiser, self._timesteps)
+        return folded.eval()
 
     # ---------------------------------------------------------------- what normal images are like
 
@@ -199,9 +205,9 @@ class DeCoDiffModel(nn.Module):
     def fit(self, images: torch.Tensor, category: torch.Tensor, generator: torch.Generator | None = None) -> None:
         """Learn the latent space and the categories of normal training images.
 
-        Where the preset scales latents, each channel gets zero mean and unit variance: a codec serves any picture, the
-        parts of some products use a small range of it. Channels that hardly vary are scaled less, so that their noise
-        is not blown up.
+        Where the preset scales latents, each channel gets zero mean and unit variance, category by category: a codec
+        serves any picture, the parts of one product use a small range of it. Channels that hardly vary are scaled less,
+        so that their noise is not blown up.
 
         Args:
             images: ``(N, 3, H, W)`` in [-1, 1].
@@ -210,10 +216,10 @@ class DeCoDiffModel(nn.Module):
         """
         if self.preset.scale_latents:
             latents = torch.cat([self.codec.encode(chunk) for chunk in images.split(16)])
-            variance, mean = torch.var_mean(latents, dim=(0, 2, 3), keepdim=True)
-            floor = MIN_LATENT_STD * variance.mean().sqrt()
-            self.latent_mean.copy_(mean[0])
-            self.latent_std.copy_(variance[0].sqrt().clamp_min(floor))
+            for row, chosen in self._rows(category):
+                variance, mean = torch.var_mean(latents[chosen], dim=(0, 2, 3), keepdim=True)
+                self.latent_mean[row] = mean[0]
+                self.latent_std[row] = variance[0].sqrt().clamp_min(MIN_LATENT_STD * variance.mean().sqrt())
         if self.features:
             features = torch.cat([self.features(chunk) for chunk in images.split(16)])
             self.router.fit(self.router.pool(features), category)
@@ -237,12 +243,17 @@ class DeCoDiffModel(nn.Module):
         if self.preset.scale_latents:
             corrections = []
             for chunk, index in zip(images.split(16), category.split(16), strict=True):
-                latents = self.encode(chunk)
+                latents = self.encode(chunk, index)
                 corrections.append((self.correct(latents, index) - latents).abs().mean(dim=(2, 3)))
             corrections = torch.cat(corrections).clamp_min(torch.finfo(images.dtype).tiny)[..., None, None]
-            self.normal_deviation[-1] = corrections.mean(0)
-            for index in category.unique():
-                self.normal_deviation[index] = corrections[category == index].mean(0)
+            for row, chosen in self._rows(category):
+                self.normal_deviation[row] = corrections[chosen].mean(0)
+
+    @staticmethod
+    def _rows(category: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        """Row of the tables by category, and which images it is of; the last row is of all."""
+        every = torch.ones_like(category, dtype=torch.bool)
+        return [*((int(index), category == index) for index in category.unique()), (-1, every)]
 
     # ---------------------------------------------------------------- training
 
@@ -261,22 +272,28 @@ class DeCoDiffModel(nn.Module):
         """
         steps = self.schedule.num_train_timesteps
         with torch.no_grad():
+            category = self._forget(category, generator)
             if self.preset.corruption == "patches":
-                latents = self.encode(images, generator=generator)
+                latents = self.encode(images, category, generator=generator)
                 timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
                 noise, mask = corrupt_latents(latents, generator=generator)
                 deviation = self.schedule.target(latents, noise, mask, timesteps)
             else:
-                fresh = images[: self.preset.fresh_per_step]
-                latents, defective = self.encode(torch.cat([fresh, draw_defects(fresh, generator)])).chunk(2)
+                fresh, category = images[: self.preset.fresh_per_step], category[: self.preset.fresh_per_step]
+                both = torch.cat([fresh, draw_defects(fresh, generator)])
+                latents, defective = self.encode(both, category.repeat(2)).chunk(2)
                 num_samples = max(len(fresh), self.preset.samples_per_step)
                 latents, deviation, category = self._replay.exchange(
-                    latents, defective - latents, category[: len(fresh)], num_samples, generator
+                    latents, defective - latents, category, num_samples, generator
                 )
                 timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
             deviated = self.schedule.deviate(latents, deviation, timesteps)
-            if self.num_categories > 1 and self.preset.category_dropout:
-                dropped = torch.rand(len(category), generator=generator) < self.preset.category_dropout
-                category = category.masked_fill(dropped.to(category.device), self.num_categories)
         predicted = self.denoiser(deviated, timesteps, category)
         return (deviation - predicted).square().mean()
+
+    def _forget(self, category: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Make some categories unknown, so that the model can do without; where there are several."""
+        if self.num_categories == 1 or not self.preset.category_dropout:
+            return category
+        forgotten = torch.rand(len(category), generator=generator) < self.preset.category_dropout
+        return category.masked_fill(forgotten.to(category.device), self.num_categories)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -35,3 +36,22 @@ def assert_within_tolerance() -> Callable[[Iterable[tuple[str, float, float]]], 
         assert not worse, "\n".join(worse)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def small_codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random autoencoder with the stride, channels and scale of Stable Diffusion's."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("codec")
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+    ).save_pretrained(folder)
+    return folder

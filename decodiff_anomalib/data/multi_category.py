@@ -25,9 +25,11 @@ from anomalib.data.datasets.base.video import AnomalibVideoDataset
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from anomalib.utils.attrs import get_nested_attr
 from anomalib.utils.path import generate_output_filename
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, WeightedRandomSampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import Transform
 
 SUBSETS = ("train", "val", "test")
 
@@ -44,6 +46,8 @@ class MultiCategory(AnomalibDataModule):
     are known: normal images of all categories, which are normal everywhere, and defective images with a mask. Defective
     images without one count in the image metrics only and are batched separately for it.
 
+    Tests of any model end with :class:`~decodiff_anomalib.evaluation.CategoryReport`, a table of all categories.
+
     Args:
         root: Folder of ``<category>/train/good``, ``<category>/test/<good or defect>`` and, optionally,
             ``<category>/ground_truth/<defect>``, with masks named like their image or with ``_mask`` added.
@@ -55,6 +59,9 @@ class MultiCategory(AnomalibDataModule):
         train_batch_size: Batch size for training.
         eval_batch_size: Batch size for validation and test.
         num_workers: Loader processes.
+        train_augmentations: Transform of the training images, for each category whose datamodule brings none.
+        val_augmentations: The same for validation.
+        test_augmentations: The same for test.
         val_split_mode: As in Anomalib, for each category by itself. By default normal training images are held out;
             ``from_test`` and ``same_as_test`` let test images set the thresholds.
         val_split_ratio: Share of each category that is held out, in (0, 1).
@@ -87,6 +94,9 @@ class MultiCategory(AnomalibDataModule):
         train_batch_size: int = 32,
         eval_batch_size: int = 32,
         num_workers: int = 8,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
         val_split_ratio: float = 0.15,
         balance: bool = False,
@@ -107,6 +117,9 @@ class MultiCategory(AnomalibDataModule):
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
+            train_augmentations=train_augmentations,
+            val_augmentations=val_augmentations,
+            test_augmentations=test_augmentations,
             val_split_mode=val_split_mode,
             val_split_ratio=val_split_ratio,
             seed=seed,
@@ -164,6 +177,18 @@ class MultiCategory(AnomalibDataModule):
             for name, inner in self.datamodules.items():
                 with _naming(name, inner):
                     inner.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find and split the images; a test ends with a report by category.
+
+        Args:
+            stage: Of the trainer: ``fit``, ``validate``, ``test`` or ``predict``.
+        """
+        super().setup(stage)
+        if stage == TrainerFn.TESTING and self.trainer is not None:
+            from decodiff_anomalib.evaluation import CategoryReport  # imports SciPy, of no use to other stages
+
+            CategoryReport.attach(self.trainer, self.categories)
 
     def _setup(self, _stage: str | None = None) -> None:
         """Split every category by itself, then join the categories.
@@ -231,11 +256,12 @@ class MultiCategory(AnomalibDataModule):
             )
 
     def _update_augmentations(self) -> None:
-        """Give the images of each category the augmentations of its datamodule, and the model's size."""
+        """Give the images of each category the augmentations of its datamodule, else ours, and the model's size."""
         transform = get_nested_attr(self, "trainer.model.pre_processor.transform", None)
         for subset, data in self._subsets.items():
             for part in data.parts:
-                part.augmentations = getattr(self.datamodules[part.category], f"{subset}_augmentations")
+                own = getattr(self.datamodules[part.category], f"{subset}_augmentations")
+                part.augmentations = getattr(self, f"{subset}_augmentations") if own is None else own
                 if transform:
                     self._update_subset_augmentations(part, part.augmentations, transform)
 

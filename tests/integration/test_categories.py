@@ -147,7 +147,7 @@ def test_unknown_names_are_refused_at_predict_time(trained, root: Path, tmp_path
     with pytest.raises(ValueError, match=r"category='checks' is none that the model was trained on; valid: stripes"):
         DeCoDiff.load_from_checkpoint(checkpoint, category="checks")
     model = DeCoDiff.load_from_checkpoint(checkpoint, category="given")
-    with pytest.raises(ValueError, match="but the data give 'checks' for .*the model knows stripes, grain"):
+    with pytest.raises(ValueError, match=r"but the data give 'checks' for .*the model knows stripes, grain"):
         engine(tmp_path).test(model, datamodule=MultiCategory(root, ["checks"], num_workers=0))
     with pytest.raises(ValueError, match="but the data give 'none' for"):
         engine(tmp_path).predict(model, data_path=root / "grain" / "test" / "good")

@@ -6,6 +6,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from decodiff_anomalib import evaluation
 from decodiff_anomalib.evaluation import (
     FIGURES,
     anomalib_figures,
@@ -30,6 +32,7 @@ from decodiff_anomalib.paper import (
     WARMUP_EPOCHS,
     paper_learning_rate_factor,
     prepare_image,
+    resize_and_crop,
 )
 
 Comparison = tuple[str, float, float]
@@ -60,6 +63,9 @@ def compare_metrics(parity_dir: Path) -> Iterator[Comparison]:
                 exact = recorded["float64_check"][level][kind]
                 tolerance = 1e-6 if kind == "f1max" else 1e-9  # the published F1 has 1e-10 in its denominator
                 yield f"metrics.json {case} {name} float64", abs(figures[name] - exact), tolerance
+        with patch.object(evaluation, "AUPRO_THRESHOLDS", 50):
+            aupro = paper_figures(*recorded_case(parity_dir, case))["pixel_aupro"]
+        yield f"metrics.json {case} aupro_num_th_50", abs(aupro - recorded["aupro_num_th_50"]), 1e-9
 
 
 def compare_anomalib_metrics(parity_dir: Path) -> Iterator[Comparison]:
@@ -76,6 +82,9 @@ def compare_preprocessing(parity_dir: Path) -> Iterator[Comparison]:
     pictures = [Image.fromarray(recorded[f"raw_{index}"]) for index in (0, 1)]
     mask = recorded["raw_mask"]
     for dataset, turns in (("mvtec", (False,)), ("visa", (False, True))):
+        name = f"{dataset}_resized_uint8_0"
+        resized = np.array(resize_and_crop(pictures[0], SMALL["resize"], SMALL["resize"]))
+        yield f"preprocess.npz {name}", difference(torch.from_numpy(resized), recorded[name]), 0
         for index, picture in enumerate((*pictures, pictures[1])):
             image = prepare_image(picture, **SMALL)
             name = f"{dataset}_test_image_{index}"

@@ -12,9 +12,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decodiff_anomalib.corruption import patch_size_probabilities, random_patch_mask, shuffle_patches
+from decodiff_anomalib.corruption import (
+    MAX_MASK_RATIO,
+    MAX_NOISE_RATIO,
+    patch_size_probabilities,
+    random_patch_mask,
+    shuffle_patches,
+)
 from decodiff_anomalib.denoiser import DENOISER_SIZES, Denoiser, DenoiserSize, build_denoiser
-from decodiff_anomalib.discrepancy import fuse, gaussian_blur, latent_discrepancy, pixel_discrepancy, resize_mirrored
+from decodiff_anomalib.discrepancy import (
+    LATENT_CLIP,
+    LATENT_SIGMA,
+    PIXEL_CLIP,
+    fuse,
+    gaussian_blur,
+    latent_discrepancy,
+    pixel_discrepancy,
+    resize_mirrored,
+    saturate,
+)
 from decodiff_anomalib.schedule import DeviationSchedule
 
 Comparison = tuple[str, float, float]
@@ -53,26 +69,39 @@ def load_denoiser(parity_dir: Path, name: str, dtype: torch.dtype = torch.float3
 
 def compare_schedule(parity_dir: Path) -> Iterator[Comparison]:
     recorded = json.loads((parity_dir / "schedule.json").read_text())
-    schedule = DeviationSchedule()
-    for name, values in recorded["train"].items():
-        ours = {
-            "alphas_cumprod": schedule.alphas_cumprod,
-            "sqrt_alphas_cumprod": schedule.alphas_cumprod.sqrt(),
-            "sqrt_one_minus_alphas_cumprod": (1 - schedule.alphas_cumprod).sqrt(),
-        }.get(name)
-        if ours is not None:
-            yield f"schedule.json {name}", difference(ours, np.array(values)), 1e-12
-    for name, respaced in recorded["inference"].items():
-        if respaced["error"]:
-            continue
-        steps = DeviationSchedule(num_inference_steps=len(respaced["timestep_map"]))
-        yield f"schedule.json {name} timesteps", difference(steps.timesteps.flip(0), respaced["timestep_map"]), 0
+    runs = {"train": recorded["train"]} | {name: run for name, run in recorded["inference"].items() if not run["error"]}
+    for name, values in runs.items():
+        schedule = DeviationSchedule(num_inference_steps=values["num_timesteps"])
+        kept = schedule.timesteps.flip(0)
+        alphas = schedule.alphas_cumprod[kept]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+        tables = {
+            "betas": 1 - alphas / before,
+            "alphas_cumprod": alphas,
+            "alphas_cumprod_prev": before,
+            "sqrt_alphas_cumprod": alphas.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - alphas).sqrt(),
+            "deviation_coefficient": (1 - alphas.sqrt()) / (1 - alphas).sqrt(),
+        }
+        for table, ours in tables.items():
+            yield f"schedule.json {name} {table}", difference(ours, np.array(values[table])), 1e-12
+        exact = {
+            "sqrt_one_minus_alphas_cumprod_float32": schedule.scales[kept],
+            "deviation_coefficient_float32": schedule.deviation_coefficients[kept],
+            "timestep_map": kept,
+            "unet_t_in_inference_order": schedule.timesteps,
+        }
+        for table, ours in exact.items():
+            yield f"schedule.json {name} {table}", difference(ours, np.array(values[table])), 0
     for name, starts in recorded["start_t"].items():
-        start = starts[-1]
-        steps = DeviationSchedule(num_inference_steps=len(start["unet_t"]))
-        zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-        weights = [float(-steps.step(zero, one, index)) for index in range(steps.num_inference_steps)]
-        yield f"schedule.json {name} step weights", difference(torch.tensor(weights), start["step_weight"]), 2e-7
+        for start in starts:
+            first = len(starts) - start["start_t"]
+            steps = DeviationSchedule(num_inference_steps=len(starts))
+            zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+            weights = [float(-steps.step(zero, one, index)) for index in range(first, len(starts))]
+            stem = f"schedule.json {name} from {start['start_t']}"
+            yield f"{stem}, unet_t", difference(steps.timesteps[first:], np.array(start["unet_t"])), 0
+            yield f"{stem}, step_weight", difference(torch.tensor(weights), start["step_weight"]), 2e-7
 
 
 def compare_forward(parity_dir: Path) -> Iterator[Comparison]:
@@ -88,6 +117,8 @@ def compare_forward(parity_dir: Path) -> Iterator[Comparison]:
 
 def compare_corruption(parity_dir: Path) -> Iterator[Comparison]:
     recorded, schedule = load(parity_dir, "corruption.npz"), DeviationSchedule()
+    facts = json.loads((parity_dir / "corruption.json").read_text())
+    facts["cases"] = {case["p"]: case for case in facts["cases"]}
     for p in (1, 2, 4, 8):
         masks = {}
         for kind in ("mask", "noise_mask"):
@@ -95,6 +126,9 @@ def compare_corruption(parity_dir: Path) -> Iterator[Comparison]:
             ratio, permutations = recorded[f"{stem}_ratio"], recorded[f"{stem}_perm"]
             masks[kind] = random_patch_mask(3, (16, 16), p, ratios=ratio, permutations=permutations)
             yield f"corruption.npz p{p}_{kind}", difference(masks[kind][:, 0], recorded[f"p{p}_{kind}"]), 0
+            kept = masks[kind].sum((1, 2, 3)) / p**2
+            published = facts["cases"][p][kind.replace("mask", "kept")]
+            yield f"corruption.json p={p} {kind}, kept", difference(kept, np.array(published)), 0
         shuffled = shuffle_patches(recorded["x0"], p, permutation=recorded[f"p{p}_patch_perm"])
         yield f"corruption.npz p{p}_shuffled", difference(shuffled, recorded[f"p{p}_shuffled"]), 0
         ramp = shuffle_patches(recorded["ramp"], p, permutation=recorded[f"p{p}_patch_perm"])
@@ -104,36 +138,12 @@ def compare_corruption(parity_dir: Path) -> Iterator[Comparison]:
         arguments = recorded["x0"], noise, masks["mask"], recorded["t"]
         yield f"corruption.npz p{p}_x_t", difference(schedule.corrupt(*arguments), recorded[f"p{p}_x_t"]), 2e-6
         yield f"corruption.npz p{p}_target", difference(schedule.target(*arguments), recorded[f"p{p}_target"]), 0
-    for case in json.loads((parity_dir / "corruption.json").read_text())["rounding"]:
+    for case in facts["rounding"]:
         mask = random_patch_mask(
             1, (case["side"],) * 2, case["p"], ratios=torch.tensor([case["ratio"]], dtype=torch.float64)
         )
         kept = float(mask.sum()) / case["p"] ** 2
         yield f"corruption.json rounding r={case['ratio']} N={case['tokens']}", abs(kept - case["kept"]), 0
-
-
-@torch.no_grad()
-def compare_denoiser(parity_dir: Path) -> Iterator[Comparison]:
-    for name in ("unet_small", "unet_xl_like"):
-        recorded = load(parity_dir, f"{name}_io.npz")
-        for precision, dtype, tolerance in (("f32", torch.float32, 2e-5), ("f64", torch.float64, 1e-9)):
-            denoiser = load_denoiser(parity_dir, name, dtype)
-            for i in range(2):
-                if f"x_{i}" in recorded:
-                    latents, category = recorded[f"x_{i}"].to(dtype), recorded[f"class_{i}"]
-                    ours = denoiser(latents, recorded[f"t_{i}"], category)
-                    yield (
-                        f"{name}_io.npz y_{i}_{precision}",
-                        difference(ours, recorded[f"y_{i}_{precision}"]),
-                        tolerance,
-                    )
-                    context = denoiser.category_embedding(recorded[f"class3_{i}"])
-                    ours = denoiser.unet(latents, recorded[f"t_{i}"], encoder_hidden_states=context).sample
-                    yield (
-                        f"{name}_io.npz y3_{i}_{precision}",
-                        difference(ours, recorded[f"y3_{i}_{precision}"]),
-                        tolerance,
-                    )
 
 
 @torch.no_grad()
@@ -156,6 +166,10 @@ def compare_sampling(parity_dir: Path) -> Iterator[Comparison]:
                 states.append(latents)
             worst = difference(torch.stack(states), recorded[f"{tag}_steps{precision}"])
             yield f"sampling.npz {tag}_steps{precision}", worst, tolerance
+            worst = difference(latents, recorded[f"{tag}_final{precision}"])
+            yield f"sampling.npz {tag}_final{precision}", worst, tolerance
+            asked = schedule.timesteps[first:, None].expand(-1, len(latents))
+            yield f"sampling.npz {tag}_unet_t", difference(asked, recorded[f"{tag}_unet_t"]), 0
 
 
 def compare_discrepancy(parity_dir: Path) -> Iterator[Comparison]:
@@ -169,6 +183,18 @@ def compare_discrepancy(parity_dir: Path) -> Iterator[Comparison]:
         maps |= {mode: fuse(pixel, latent, mode=mode) for mode in ("geometric", "arithmetic")}
         for name, ours in maps.items():
             yield f"anomaly_map.npz s{size}_{name}", difference(ours[:, 0], recorded[f"s{size}_{name}"]), 1e-6
+    decoded_in, decoded_out, latent_in, latent_out = (recorded[f"s64_{name}"] for name in names)
+    pixel_raw = (decoded_out - decoded_in).abs().amax(1)
+    latent_raw = (latent_out - latent_in).abs().mean(1)
+    stages = {
+        "pixel_raw": pixel_raw,
+        "pixel_clipped": saturate(pixel_raw, PIXEL_CLIP),
+        "latent_raw": latent_raw,
+        "latent_clipped": saturate(latent_raw, LATENT_CLIP),
+        "latent_smoothed": gaussian_blur(saturate(latent_raw, LATENT_CLIP)[:, None], LATENT_SIGMA)[:, 0],
+    }
+    for name, ours in stages.items():
+        yield f"anomaly_map.npz s64_{name}", difference(ours, recorded[f"s64_{name}"]), 1e-6
     for sigma in (1, 3):
         impulse = torch.zeros(1, 1, 33, 33)
         impulse[..., 16, 16] = 1
@@ -189,7 +215,6 @@ COMPARISONS = (
     compare_schedule,
     compare_forward,
     compare_corruption,
-    compare_denoiser,
     compare_sampling,
     compare_discrepancy,
 )
@@ -203,21 +228,36 @@ def test_equals_the_reference(compare, parity_dir: Path, assert_within_tolerance
 @pytest.mark.parametrize("size", ["XS", "S", "M", "L", "XL"])
 def test_published_sizes(size: str, parity_dir: Path) -> None:
     recorded = json.loads((parity_dir / "unet_sizes.json").read_text())[f"UNet_{size}"]
+    twin = next(iter(json.loads((parity_dir / "unet_parity.json").read_text()).values()))["cases"]
     with torch.device("meta"):
         for categories in (15, 12):
             denoiser = build_denoiser(size, num_categories=categories)
             count = sum(parameter.numel() for parameter in denoiser.parameters())
             assert count == recorded[f"parameters_ncls{categories}"]
+    assert len(denoiser.state_dict()) == recorded["state_dict_keys"]
+    dropouts = [module for module in denoiser.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+    assert {module.p for module in dropouts} == {0.4}
+    assert [len(dropouts)] * 2 == twin["UNet_XS_full_size (2, 4, 32, 32) ctx1"]["dropout_modules_reference_diffusers"]
     widths = [layout["channels"] for layout in recorded["head_layout"]]
     assert [DENOISER_SIZES[size].width * multiplier for multiplier in (1, 2, 4)] == widths
-    heads = [block.attentions[0].transformer_blocks[0].attn1.heads for block in denoiser.unet.down_blocks]
-    assert heads == [layout["heads"] for layout in recorded["head_layout"]]
+    attention = [block.attentions[0].transformer_blocks[0].attn1 for block in denoiser.unet.down_blocks]
+    assert [(layer.heads, layer.inner_dim) for layer in attention] == [
+        (layout["heads"], layout["inner_dim"]) for layout in recorded["head_layout"]
+    ]
 
 
-def test_patch_size_distribution(parity_dir: Path) -> None:
-    assert patch_size_probabilities(32, 32) == {1: 0.30, 2: 0.25, 4: 0.20, 8: 0.15, 16: 0.10}
-    assert list(patch_size_probabilities(28, 28)) == [1, 2, 4, 14]  # 8 does not divide 28: the original stops here
-    assert patch_size_probabilities(64, 64)[32] == pytest.approx(0.10)
+def test_training_distribution(parity_dir: Path) -> None:
+    recorded = json.loads((parity_dir / "corruption.json").read_text())["training_distribution"]
+    stops = {(case["image_size"], case["p"]) for case in recorded["incompatible_patch_sizes"]}
+    for size, patches in recorded["mask_patch_sizes"].items():
+        table = dict(zip(patches, recorded["mask_patch_probabilities"][size], strict=True))
+        possible = {p: share for p, share in table.items() if (int(size), p) not in stops}
+        share = sum(possible.values())  # patches that do not divide the latents stop the authors' program
+        ours = patch_size_probabilities(int(size) // 8, int(size) // 8)
+        assert ours == pytest.approx({p: chance / share for p, chance in possible.items()})
+    assert recorded["mask_ratio"]["high"] == MAX_MASK_RATIO
+    assert recorded["patch_shuffle_ratio"]["high"] == MAX_NOISE_RATIO
+    assert DeviationSchedule().num_train_timesteps == recorded["t"]["high_exclusive"]
 
 
 if __name__ == "__main__":

@@ -25,20 +25,22 @@ def fitted(backbone: VisualFeatures) -> tuple[FeatureLatents, torch.Tensor]:
 
 
 def test_components_are_whitened(fitted: tuple[FeatureLatents, torch.Tensor]) -> None:
-    latents = fitted[0](fitted[1])
-    assert latents.shape == (12, 32, 8, 8)
-    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(32), atol=1e-3, rtol=0)
-    assert latents.std((0, 2, 3))[0] == pytest.approx(1, abs=0.01)
-    covariance = torch.cov(latents.movedim(1, 0).flatten(1))
-    assert (covariance - covariance.diag().diag()).abs().max() < 1e-2
+    assert fitted[0](fitted[1], torch.arange(12) // 6).shape == (12, 32, 8, 8)
+    for row, chosen in {0: slice(6), 1: slice(6, 12), 2: slice(12)}.items():  # each category, and all
+        features = fitted[1][chosen]
+        latents = fitted[0](features, torch.full((len(features),), row))
+        torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(32), atol=1e-3, rtol=0)
+        assert latents.std((0, 2, 3))[0] == pytest.approx(1, abs=0.01)
+        covariance = torch.cov(latents.movedim(1, 0).flatten(1))
+        assert (covariance - covariance.diag().diag()).abs().max() < 1e-2
 
 
 def test_novelty_is_the_distance_to_the_nearest_remembered_feature_of_the_category(
     backbone: VisualFeatures, fitted: tuple[FeatureLatents, torch.Tensor]
 ) -> None:
     latents, features = fitted
-    whitened = (features.movedim(1, -1) - latents.center) @ latents.whitening.T
     for category in (0, 1, 2):
+        whitened = (features.movedim(1, -1) - latents.center[category, :, 0]) @ latents.whitening[category].T
         expected = torch.cdist(whitened.flatten(0, -2), latents.bank[category]).amin(1).view(12, 1, 8, 8)
         found = latents.novelty(features, torch.full((12,), category))
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-3)

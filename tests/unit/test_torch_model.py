@@ -32,12 +32,14 @@ def test_a_known_defect_is_corrected_and_mapped_where_it_is() -> None:
     normal = images()
     defective = normal.clone()
     defective[:, :, 16:24, 40:48] = 1
-    model.denoiser = KnowsTheDefect(model.encode(defective) - model.encode(normal))
+    lone = torch.zeros(2, dtype=torch.long)
+    clean, deviated = model.encode(normal, lone), model.encode(defective, lone)
+    model.denoiser = KnowsTheDefect(deviated - clean)
     seen = model(defective)
     scale = model.schedule.scales[model.schedule.timesteps[0]]
     assert scale == pytest.approx(1, abs=2e-5)
-    torch.testing.assert_close(seen.correction, model.decode(model.encode(normal)), atol=1e-3, rtol=0)
-    torch.testing.assert_close(seen.reconstruction, model.decode(model.encode(defective)))
+    torch.testing.assert_close(seen.correction, model.decode(clean, lone), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen.reconstruction, model.decode(deviated, lone))
     assert seen.anomaly_map.shape == (2, 1, 64, 96)
     row, column = divmod(int(seen.anomaly_map[0, 0].argmax()), 96)
     assert 14 <= row < 26
@@ -69,12 +71,14 @@ def test_latents_have_unit_variance_on_the_images_they_were_fitted_to() -> None:
     model = DeCoDiffModel(PRESETS["balanced"], (64, 96))
     coarse = torch.randn(8, 3, 4, 6, generator=torch.Generator().manual_seed(0)) / 3
     smooth = torch.nn.functional.interpolate(coarse, size=(64, 96), mode="bicubic")
-    model.fit(smooth, torch.zeros(8, dtype=torch.long), torch.Generator().manual_seed(0))
-    latents = model.encode(smooth)
+    lone = torch.zeros(8, dtype=torch.long)
+    model.fit(smooth, lone, torch.Generator().manual_seed(0))
+    latents = model.encode(smooth, lone)
     assert latents.shape[1] == model.codec.latent_channels + model.feature_latents.channels
     assert latents.std((0, 2, 3)).max() < 1.05
     assert latents[:, 0].std() == pytest.approx(1, abs=0.05)
-    torch.testing.assert_close(model.decode(latents), model.codec.decode(model.codec.encode(smooth)), atol=1e-4, rtol=0)
+    through_the_codec = model.codec.decode(model.codec.encode(smooth))
+    torch.testing.assert_close(model.decode(latents, lone), through_the_codec, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(250, 256), (0, 32)])
@@ -129,12 +133,24 @@ def test_one_image_scores_the_same_in_any_company(conditioned) -> None:
 def test_normal_deviation_is_the_mean_correction_of_each_category_and_of_all(conditioned) -> None:
     model, images, _ = conditioned
     held_out = torch.tensor([0, 1, 8, 9, 16, 17])
-    latents = model.encode(images[held_out])
+    category = torch.arange(6) // 2
+    latents = model.encode(images[held_out], category)
     with torch.no_grad():
-        correction = model.correct(latents, torch.arange(6) // 2) - latents
+        correction = model.correct(latents, category) - latents
     expected = correction.abs().mean((2, 3)).unflatten(0, (3, 2)).mean(1)
     torch.testing.assert_close(model.normal_deviation[:3, :, 0, 0], expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(model.normal_deviation[3, :, 0, 0], expected.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_each_category_has_latents_in_its_own_units(conditioned) -> None:
+    model, images, category = conditioned
+    latents = model.encode(images, category)
+    for index in range(3):
+        mean, std = latents[category == index].mean((0, 2, 3)), latents[category == index].std((0, 2, 3))
+        assert mean.abs().max() < 0.3
+        assert std.max() < 1.2
+    pooled = model.encode(images, torch.full_like(category, 3))
+    assert pooled[category == 0].mean((0, 2, 3)).abs().max() > 0.9  # among dark, bright and striped ones, dark is dark
 
 
 def test_the_denoiser_is_not_told_every_category_in_training() -> None:

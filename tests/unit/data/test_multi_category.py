@@ -16,7 +16,7 @@ from anomalib.data.utils.split import random_split
 from anomalib.metrics import AUROC
 from PIL import Image
 from torch.utils.data import DataLoader, SequentialSampler
-from torchvision.transforms.v2 import RandomHorizontalFlip
+from torchvision.transforms.v2 import RandomHorizontalFlip, RandomVerticalFlip
 
 from decodiff_anomalib.data import MultiCategory
 from decodiff_anomalib.data.multi_category import CategoryBatch, RunBatchSampler
@@ -252,6 +252,20 @@ def test_model_resizing_and_own_augmentations_reach_each_category(root):
     by_category = {part.category: part.augmentations for part in datamodule.train_data.parts}
     assert by_category == {"bolt": flip, "tile": None}
     assert {part.augmentations for part in datamodule.test_data.parts} == {None}
+
+
+def test_augmentations_are_of_every_category_that_brings_none(root):
+    flip, turn = RandomHorizontalFlip(p=1), RandomVerticalFlip(p=1)
+    datamodule = set_up(root, train_augmentations=flip, test_augmentations=turn)
+    assert [part.augmentations for part in datamodule.train_data.parts] == [flip] * 3
+    assert [part.augmentations for part in datamodule.val_data.parts] == [None] * 3
+    assert [part.augmentations for part in datamodule.test_data.parts] == [turn] * 3
+    masked = next(item for item in datamodule.test_data if item.category == "bolt" and item.gt_label == 1)
+    assert masked.gt_mask[:, : SIZES["bolt"][0] // 2].all()
+
+    inner = {"bolt": MVTecAD(root, "bolt", train_augmentations=flip), "tile": MVTecAD(root, "tile")}
+    datamodule = set_up(datamodules=inner, train_augmentations=turn)
+    assert {part.category: part.augmentations for part in datamodule.train_data.parts} == {"bolt": flip, "tile": turn}
 
 
 def test_subsets_of_subsets_still_read_the_right_images(root):
