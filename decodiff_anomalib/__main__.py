@@ -13,7 +13,10 @@ from decodiff_anomalib import __version__
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-VERBS: dict[str, str] = {"convert": "decodiff_anomalib.weights:convert"}
+VERBS: dict[str, str] = {
+    "convert": "decodiff_anomalib.weights:convert",
+    "reproduce": "decodiff_anomalib.reproduce:reproduce",
+}
 """Verb to ``module:function``. Only the verb that is asked for is imported; its signature makes its command line."""
 
 
