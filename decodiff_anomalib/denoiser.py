@@ -28,6 +28,8 @@ class DenoiserSize:
         layers: Residual blocks of each resolution.
         norm_groups: Groups of the group normalisations; one channel a group would hide how bright an image is.
         multipliers: Channels at each resolution, in units of ``width``.
+        modulated: Whether timestep and category scale and shift the features of every residual block. As published, the
+            timestep only shifts them, and the category is attended to.
     """
 
     width: int
@@ -38,12 +40,15 @@ class DenoiserSize:
     layers: int = 2
     norm_groups: int = 32
     multipliers: tuple[int, int, int] = (1, 2, 4)
+    modulated: bool = False
 
+
+SMALL = {"attention": (False, False, True), "dropout": 0.0, "layers": 1, "norm_groups": 8, "modulated": True}
 
 DENOISER_SIZES = {
     # for CPUs
-    "nano": DenoiserSize(32, 32, 64, attention=(False, False, True), dropout=0.0, layers=1, norm_groups=8),
-    "tiny": DenoiserSize(64, 32, 128, attention=(False, False, True), dropout=0.0, layers=1, norm_groups=8),
+    "nano": DenoiserSize(32, 32, 64, **SMALL),
+    "tiny": DenoiserSize(64, 32, 128, **SMALL),
     # as published
     "XS": DenoiserSize(64, 16, 128),
     "S": DenoiserSize(128, 32, 256),
@@ -85,6 +90,9 @@ class Denoiser(nn.Module):
             cross_attention_dim=size.context_width,
             # diffusers' name is a misnomer: this is the *number* of heads; their width stays fixed across levels
             attention_head_dim=tuple(width // size.head_channels for width in widths),
+            resnet_time_scale_shift="scale_shift" if size.modulated else "default",
+            class_embed_type="projection" if size.modulated else None,
+            projection_class_embeddings_input_dim=size.context_width if size.modulated else None,
         )
         self.category_embedding = nn.Embedding(num_categories, size.context_width)
         self._start_at_zero()
@@ -112,8 +120,9 @@ class Denoiser(nn.Module):
         Returns:
             torch.Tensor: Deviation ``(B, C, h, w)``.
         """
-        context = self.tokens()[category].unsqueeze(1)
-        return self.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+        tokens = self.tokens()[category]
+        context = tokens.unsqueeze(1)
+        return self.unet(latents, timesteps, encoder_hidden_states=context, class_labels=tokens, return_dict=False)[0]
 
     def tokens(self) -> torch.Tensor:
         """Token of each category and of an unknown one, ``(K + 1, context_width)``."""
@@ -124,8 +133,9 @@ class Denoiser(nn.Module):
 class FoldedDenoiser(nn.Module):
     """A denoiser for inference, with all that latents do not change worked out before; it predicts the same.
 
-    A timestep reaches each residual block as a bias, which is known. Cross-attention over the one token of a category
-    adds a known vector too, whoever attends: a softmax over one key is 1.
+    A timestep reaches each residual block as a bias, which is known, or where the network is modulated through an
+    embedding that is. Cross-attention over the one token of a category adds a known vector too, whoever attends: a
+    softmax over one key is 1.
 
     Args:
         denoiser: The denoiser, whose weights are shared.
@@ -139,7 +149,7 @@ class FoldedDenoiser(nn.Module):
     def forward(self, latents: torch.Tensor, timesteps: int, category: torch.Tensor) -> torch.Tensor:
         """As :meth:`Denoiser.forward`, at one timestep for all."""
         unet = self.unets[str(timesteps)]
-        return unet(latents, timesteps, encoder_hidden_states=category, return_dict=False)[0]
+        return unet(latents, timesteps, encoder_hidden_states=category, class_labels=category, return_dict=False)[0]
 
 
 class _Known(nn.Module):
@@ -152,6 +162,13 @@ class _Known(nn.Module):
 
     def forward(self, *_: torch.Tensor | None) -> torch.Tensor:
         return self.output
+
+
+class _KnownOfCategory(_Known):
+    """The same where it depends on the category, which it is given; a row for each."""
+
+    def forward(self, category: torch.Tensor) -> torch.Tensor:
+        return self.output[category]
 
 
 class _KnownAttention(nn.Module):
@@ -170,7 +187,7 @@ class _KnownAttention(nn.Module):
 
 @torch.no_grad()
 def _fold(denoiser: Denoiser, timestep: int) -> nn.Module:
-    """The UNet at one timestep, given the category index ``(B,)`` as ``encoder_hidden_states``."""
+    """The UNet at one timestep, given the category index ``(B,)`` as ``encoder_hidden_states`` and ``class_labels``."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -179,8 +196,11 @@ def _fold(denoiser: Denoiser, timestep: int) -> nn.Module:
     unet = copy.deepcopy(denoiser.unet, shared).eval()
     embedded = unet.time_embedding(unet.time_proj(torch.tensor([timestep], device=tokens.device)).to(tokens))
     unet.time_embedding = _Known(embedded)
+    modulated = unet.class_embedding is not None
+    if modulated:
+        unet.class_embedding = _KnownOfCategory(unet.class_embedding(tokens))
     for block in list(unet.modules()):
-        if isinstance(block, ResnetBlock2D):
+        if isinstance(block, ResnetBlock2D) and not modulated:
             block.time_emb_proj = _Known(block.time_emb_proj(block.nonlinearity(embedded)))
         elif isinstance(block, BasicTransformerBlock):
             block.attn2, block.norm2 = _KnownAttention(block.attn2, tokens), nn.Identity()

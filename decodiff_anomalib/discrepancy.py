@@ -44,7 +44,7 @@ def _mirrored_weights(source: int, target: int) -> torch.Tensor:
 
 def saturate(raw: torch.Tensor, clip: float | None) -> torch.Tensor:
     """Clip ``raw`` at ``clip`` and scale it to [0, 1]; ``None`` leaves it as it is."""
-    return raw if clip is None else raw.clamp(0, clip) / clip
+    return raw if clip is None else raw.clamp(0.0, clip) / clip
 
 
 def pixel_discrepancy(

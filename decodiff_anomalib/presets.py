@@ -18,6 +18,8 @@ class Preset:
         denoiser: See :func:`decodiff_anomalib.denoiser.build_denoiser`.
         num_steps: Correction steps.
         timestep_spacing: Which timesteps they use, see :class:`decodiff_anomalib.schedule.DeviationSchedule`.
+        train_timesteps: Strengths of deviation to learn from: ``all`` ten (the paper), or only those ``used`` in the
+            correction steps, which a short training learns far sooner.
         corruption: ``patches`` of the latents (the paper) or ``defects`` drawn on the images.
         fresh_per_step: Images of a training batch that get new defects, with ``corruption="defects"``.
         samples_per_step: Samples the denoiser learns from in one step: the fresh ones and recent ones.
@@ -49,6 +51,7 @@ class Preset:
     denoiser: str | dict[str, Any] = "L"
     num_steps: int = 5
     timestep_spacing: Literal["leading", "trailing"] = "leading"
+    train_timesteps: Literal["all", "used"] = "all"
     corruption: Literal["patches", "defects"] = "patches"
     fresh_per_step: int = 4
     samples_per_step: int = 16
@@ -73,11 +76,13 @@ class Preset:
         """Refuse what no later step would.
 
         Raises:
-            ValueError: If the learning-rate schedule is unknown.
+            ValueError: If a word is unknown.
         """
-        if self.learning_rate_schedule not in {"steps", "epochs"}:
-            msg = f"learning_rate_schedule={self.learning_rate_schedule!r} is unknown; valid: steps, epochs."
-            raise ValueError(msg)
+        words = {"learning_rate_schedule": ("steps", "epochs"), "train_timesteps": ("all", "used")}
+        for name, valid in words.items():
+            if getattr(self, name) not in valid:
+                msg = f"{name}={getattr(self, name)!r} is unknown; valid: {', '.join(valid)}."
+                raise ValueError(msg)
 
 
 BALANCED = Preset(
@@ -86,6 +91,7 @@ BALANCED = Preset(
     denoiser="nano",
     num_steps=1,
     timestep_spacing="trailing",
+    train_timesteps="used",
     corruption="defects",
     scale_latents=True,
     pixel_clip=None,

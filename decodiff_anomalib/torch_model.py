@@ -270,12 +270,11 @@ class DeCoDiffModel(nn.Module):
             category: Category index ``(B,)``.
             generator: Source of all randomness, on the CPU.
         """
-        steps = self.schedule.num_train_timesteps
         with torch.no_grad():
             category = self._forget(category, generator)
             if self.preset.corruption == "patches":
                 latents = self.encode(images, category, generator=generator)
-                timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
+                timesteps = self._draw_timesteps(latents, generator)
                 noise, mask = corrupt_latents(latents, generator=generator)
                 deviation = self.schedule.target(latents, noise, mask, timesteps)
             else:
@@ -286,10 +285,17 @@ class DeCoDiffModel(nn.Module):
                 latents, deviation, category = self._replay.exchange(
                     latents, defective - latents, category, num_samples, generator
                 )
-                timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
+                timesteps = self._draw_timesteps(latents, generator)
             deviated = self.schedule.deviate(latents, deviation, timesteps)
         predicted = self.denoiser(deviated, timesteps, category)
         return (deviation - predicted).square().mean()
+
+    def _draw_timesteps(self, latents: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Timesteps ``(B,)`` to learn from."""
+        used = self.preset.train_timesteps == "used"
+        choice = self.schedule.timesteps if used else torch.arange(self.schedule.num_train_timesteps)
+        drawn = torch.randint(len(choice), (len(latents),), generator=generator)
+        return choice.to(latents.device)[drawn.to(latents.device)]
 
     def _forget(self, category: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """Make some categories unknown, so that the model can do without; where there are several."""

@@ -140,8 +140,15 @@ def official_key(key: str, layers: int, attention: Sequence[bool]) -> str:
 
 
 def to_official_state(denoiser: Denoiser) -> State:
-    """The weights under the authors' names: the ``model`` of a checkpoint of theirs."""
+    """The weights under the authors' names: the ``model`` of a checkpoint of theirs.
+
+    Raises:
+        ValueError: If their program has no such network.
+    """
     unet = denoiser.unet.config
+    if denoiser.unet.class_embedding is not None:
+        msg = "The network is modulated by the category, which the authors' is not. Sizes XS to XL can be theirs."
+        raise ValueError(msg)
     attention = [kind.startswith("CrossAttn") for kind in unet.down_block_types]
     state = denoiser.state_dict()
     return {official_key(key, unet.layers_per_block, attention): tensor for key, tensor in state.items()}
@@ -401,7 +408,14 @@ def _fill(denoiser: Denoiser, state: State) -> Denoiser:
 
 # ---------------------------------------------------------------- starting from other weights
 
-_STRUCTURE = ("block_out_channels", "layers_per_block", "down_block_types", "attention_head_dim", "cross_attention_dim")
+_STRUCTURE = (
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "class_embed_type",
+)
 
 
 @torch.no_grad()

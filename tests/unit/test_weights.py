@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -142,15 +143,20 @@ def test_heads_that_are_not_in_the_weights(tmp_path: Path, caplog: pytest.LogCap
     assert load_official(save_official(path, denoiser, num_heads=2))[1].size.head_channels == 16
 
 
-def test_size_for_cpus_is_recognised_too(tmp_path: Path) -> None:
+def test_fewer_blocks_and_less_attention_are_recognised_too(tmp_path: Path) -> None:
     """Resolutions without attention and one residual block each: the rule for names covers them."""
-    denoiser = make_denoiser(size=DENOISER_SIZES["nano"])
+    denoiser = make_denoiser(size=replace(DENOISER_SIZES["nano"], modulated=False))
     attention = DENOISER_SIZES["nano"].attention
     assert len({official_key(key, 1, attention) for key in denoiser.state_dict()}) == len(denoiser.state_dict())
     loaded, info = load_official(save_official(tmp_path / "last.pt", denoiser))
     assert info.size.attention == attention
     assert info.size.head_channels == DENOISER_SIZES["nano"].head_channels
     assert_same(loaded, denoiser)
+
+
+def test_a_modulated_network_has_no_name_among_the_authors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="modulated by the category, which the authors' is not"):
+        to_official_state(make_denoiser(size=DENOISER_SIZES["nano"]))
 
 
 def test_category_names_are_known_where_the_table_has_the_data_sets_size(tmp_path: Path) -> None:
