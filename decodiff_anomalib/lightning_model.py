@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, Batch
+from anomalib import LearningType, TaskType
+from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
 from anomalib.data.datamodules.image.mvtecad import MVTecAD
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils.split import ValSplitMode, random_split
+from anomalib.deploy.export import CompressionType
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
@@ -23,7 +25,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
+from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torchvision.transforms.v2.functional import center_crop
 
 from decodiff_anomalib.conditioning import (
     GIVEN,
@@ -35,6 +39,7 @@ from decodiff_anomalib.conditioning import (
     vocabulary,
 )
 from decodiff_anomalib.data.images import check_folders, image_paths, inspect_images, restore_depth
+from decodiff_anomalib.export import as_predicting, write_onnx, write_openvino, write_torch
 from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.presets import PRESETS, Preset
@@ -119,6 +124,7 @@ class DeCoDiff(AnomalibModule):
         # Anomalib calls the configure_* methods inside super().__init__: what they need comes first.
         self._image_size = _as_size(image_size)
         self._false_alarm_rate = false_alarm_rate
+        self._default_evaluator = evaluator is True
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         if preset not in PRESETS:
             msg = f"preset={preset!r} is unknown; valid: {', '.join(PRESETS)}."
@@ -194,20 +200,16 @@ class DeCoDiff(AnomalibModule):
         return DeCoDiffPostProcessor(false_alarm_rate=self._false_alarm_rate)
 
     @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """The figures of the literature, all free of thresholds; pixel figures only where there are masks."""
+    def configure_evaluator(*, pixels: bool = True) -> Evaluator:
+        """The figures of the literature, all free of thresholds; pixel figures only where there are masks.
+
+        Args:
+            pixels: Whether pixel figures are among them. Anomalib's keep every map in memory.
+        """
         image, pixel = ["pred_score", "gt_label"], ["anomaly_map", "gt_mask"]
-        return Evaluator(
-            test_metrics=[
-                AUROC(fields=image, prefix="image_"),
-                AUPR(fields=image, prefix="image_"),
-                F1Max(fields=image, prefix="image_"),
-                AUROC(fields=pixel, prefix="pixel_", strict=False),
-                AUPR(fields=pixel, prefix="pixel_", strict=False),
-                AUPRO(fields=pixel, prefix="pixel_", strict=False),
-                F1Max(fields=pixel, prefix="pixel_", strict=False),
-            ]
-        )
+        of_images = [kind(fields=image, prefix="image_") for kind in (AUROC, AUPR, F1Max)]
+        of_pixels = [kind(fields=pixel, prefix="pixel_", strict=False) for kind in (AUROC, AUPR, AUPRO, F1Max)]
+        return Evaluator(test_metrics=of_images + of_pixels if pixels else of_images)
 
     @classmethod
     def configure_visualizer(cls) -> DeCoDiffVisualizer:
@@ -219,6 +221,9 @@ class DeCoDiff(AnomalibModule):
 
         Lightning calls this before the datamodule looks at its folders: the last moment to look at them first.
         """
+        if self._trainer is not None and self._default_evaluator and self.evaluator is not None:
+            # MultiCategory reports pixel figures itself, by category and in bounded memory
+            self.evaluator = self.configure_evaluator(pixels=not hasattr(self.trainer.datamodule, "categories"))
         callbacks = list(super().configure_callbacks())
         if self._trainer is None:
             return callbacks
@@ -512,22 +517,139 @@ class DeCoDiff(AnomalibModule):
     def test_step(self, batch: Batch, batch_idx: int, *args, **kwargs) -> Batch:
         """Score a batch and keep its correction for the pictures."""
         del batch_idx, args, kwargs
-        return self._score(batch, map_size=batch.image.shape[-2:])
+        return self._score(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
-        """As :meth:`test_step`, with maps at the size the images came in."""
+        """As :meth:`test_step`, with maps of the images as they came in; nothing is found where they were cut off."""
         del batch_idx, dataloader_idx
-        return self._score(batch, map_size=self._incoming_size)
+        self._score(batch)
+        resizes = extract_transforms_by_type(self.pre_processor and self.pre_processor.transform, Resize)
+        if resizes:  # before it cut, if it did
+            batch.anomaly_map, batch.correction = (
+                center_crop(pictures, resizes[0].size) for pictures in (batch.anomaly_map, batch.correction)
+            )
+        batch.anomaly_map = F.interpolate(batch.anomaly_map[:, None], size=self._incoming_size, mode="bilinear")[:, 0]
+        return batch
 
-    def _score(self, batch: Batch, map_size: torch.Size) -> Batch:
+    def _score(self, batch: Batch) -> Batch:
         seen = self.model(batch.image, self._given_category(batch))
-        anomaly_map = F.interpolate(seen.anomaly_map, size=map_size, mode="bilinear")
-        batch.update(pred_score=seen.pred_score, anomaly_map=anomaly_map)
+        batch.update(pred_score=seen.pred_score, anomaly_map=seen.anomaly_map[:, 0])
         batch.category_index, batch.strangeness = seen.category, seen.strangeness
         names = (*self.categories, UNKNOWN)
         batch.pred_category = [names[index] for index in seen.category.tolist()]
         batch.correction = seen.correction / 2 + 0.5  # in [0, 1], as images are
         return batch
+
+    # ---------------------------------------------------------------- exports
+
+    def forward(self, batch: torch.Tensor, *args, **kwargs) -> InferenceBatch:
+        """Predictions on images ``(B, 3, H, W)`` in [0, 1], as tests make them; Anomalib's drops the antialiasing.
+
+        Maps are of the working size. Without thresholds, scores and maps are raw and there are no labels.
+        """
+        del args, kwargs
+        return as_predicting(self)(batch)
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Write ``weights/torch/<name>.pt`` for Anomalib's ``TorchInferencer``.
+
+        The file is a pickle, the only kind that ``TorchInferencer`` reads: whoever loads it lets it run code, which is
+        why ``TRUST_REMOTE_CODE=1`` must be set, and needs this package. Load only files of your own making. ONNX and
+        OpenVINO files, and checkpoints (``DeCoDiff.load_from_checkpoint``), are read without running code.
+
+        Raises:
+            ParityError: If the file does not give what the model gives, as for all exports.
+        """
+        self._check_category()
+        return write_torch(self, export_root, model_file_name)
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        *,
+        datamodule: AnomalibDataModule | None = None,
+        output_names: Sequence[str] | None = None,
+        **kwargs,
+    ) -> Path:
+        """Write ``weights/onnx/<name>.onnx``, proven on ONNX Runtime, and ``parity.json`` with what differs.
+
+        Through ``engine.export`` or the command line, arguments after ``input_size`` go into ``onnx_kwargs``.
+
+        Args:
+            export_root: Folder for ``weights/onnx``.
+            model_file_name: The file's name.
+            input_size: Fixes height and width; by default images of any size are taken.
+            datamodule: Its test images prove the file; otherwise drawn ones do.
+            output_names: Of ``pred_score``, ``pred_label``, ``anomaly_map``, ``pred_mask`` (these by default),
+                ``correction`` ``(B, 3, H, W)`` about [-1, 1], ``category`` and ``strangeness``. Anomalib's inferencers
+                read no file with one of the latter three.
+            kwargs: For ``torch.onnx.export``.
+
+        Raises:
+            ModuleNotFoundError: If the extra ``openvino`` is not installed.
+            OSError: If the folder cannot be written to.
+            ParityError: If the file does not give what the model gives; it is not written then.
+            ValueError: If an output is unknown.
+        """
+        self._check_category()
+        return write_onnx(self, export_root, model_file_name, input_size, datamodule, output_names, **kwargs)
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+    ) -> Path:
+        """Write ``weights/openvino/<name>.xml`` and ``.bin``, and ``parity.json`` with what differs.
+
+        ``correction``, ``category`` and ``strangeness`` are in the graph as named tensors, which ``add_outputs`` of a
+        model that OpenVINO has read makes outputs.
+
+        Args:
+            export_root: Folder for ``weights/openvino``.
+            model_file_name: The files' name.
+            input_size: Fixes height and width; by default images of any size are taken.
+            compression_type: ``FP16`` and ``INT8`` store weights smaller and compute as before; ``INT8_PTQ`` computes
+                the denoiser and the search for the nearest feature in integers, ``INT8_ACQ`` so much of them that
+                ``metric`` drops by ``max_drop`` at most.
+            datamodule: Its test images prove the files, and measure ``metric``; its training images, normal and of all
+                categories, calibrate the integers.
+            metric: One of Anomalib's, by default the F1 score of the labels.
+            task: As in Anomalib; not needed.
+            max_drop: Of the metric.
+            ov_kwargs: For ``openvino.convert_model``.
+            onnx_kwargs: As the further arguments of :meth:`to_onnx`.
+
+        Raises:
+            ModuleNotFoundError: If the extra ``openvino`` is not installed.
+            OSError: If the folder cannot be written to.
+            ParityError: If the files do not give what the model gives, up to 1e-3 of maps and scores and 5e-2 with
+                ``FP16``; they are not written then. With integers, the difference is measured only.
+            ValueError: If there is no datamodule to calibrate on, or an output is unknown.
+        """
+        del task
+        self._check_category()
+        return write_openvino(
+            self,
+            export_root,
+            model_file_name,
+            input_size,
+            compression_type,
+            datamodule,
+            metric,
+            max_drop,
+            ov_kwargs,
+            onnx_kwargs,
+        )
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -545,7 +667,7 @@ class DeCoDiff(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was saved, whatever the command line said besides the checkpoint.
 
-        Only ``num_steps`` and ``category`` can be chosen anew.
+        Only ``category`` can be chosen anew, and ``num_steps`` where all timesteps were trained.
 
         Raises:
             ValueError: If the checkpoint is another model's, contradicts an argument that was given, or training is to
@@ -573,7 +695,15 @@ class DeCoDiff(AnomalibModule):
             )
             raise ValueError(msg)
         num_steps = {"num_steps": self.settings.num_steps} if self._was_given("num_steps") else {}
-        self.settings = replace(Preset(**saved["settings"]), **num_steps)
+        settings = Preset(**saved["settings"])
+        if num_steps and num_steps["num_steps"] != settings.num_steps and settings.train_timesteps == "used":
+            msg = (
+                f"The checkpoint was trained for num_steps={settings.num_steps} and no other (train_timesteps='used'), "
+                f"not {num_steps['num_steps']}. Leave --model.num_steps out, or train with settings={{train_timesteps: "
+                "all}."
+            )
+            raise ValueError(msg)
+        self.settings = replace(settings, **num_steps)
         self._image_size = tuple(saved["image_size"])
         self.categories = self._source_categories = categories
         if {**mine, "settings": None} != {**saved, "settings": None}:

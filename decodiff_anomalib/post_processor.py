@@ -184,6 +184,11 @@ class DeCoDiffPostProcessor(PostProcessor):
 
     # ---------------------------------------------------------------- applying them
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether thresholds were set."""
+        return not self.image_thresholds[-1].isnan()
+
     def forward(self, predictions: InferenceBatch) -> InferenceBatch:
         """Normalise and label the predictions of a model, in exported graphs too."""
         pred_score, anomaly_map = predictions.pred_score, predictions.anomaly_map
@@ -197,7 +202,7 @@ class DeCoDiffPostProcessor(PostProcessor):
     def post_process_batch(self, batch: Batch) -> None:
         """Normalise and label a batch of predictions; without thresholds, leave the scores raw and label nothing."""
         batch.raw_score = batch.pred_score
-        if self.image_thresholds[-1].isnan():
+        if not self.calibrated:
             return
         done = self._calibrated(
             batch.pred_score, batch.anomaly_map, self._category_of(batch), getattr(batch, "strangeness", None)
