@@ -12,6 +12,7 @@ import ast
 import copy
 import json
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -349,14 +350,15 @@ def _compress(
 ) -> "openvino.Model":
     import nncf
 
+    homes = "|".join(map(re.escape, QUANTISED))
+    others = nncf.IgnoredScope(patterns=[rf"^(?!({homes})[./]).*"], validate=False)
     if compression == CompressionType.INT8:
-        return nncf.compress_weights(graph)
+        return nncf.compress_weights(graph, ignored_scope=others)
     _set_up(datamodule)
     images = _spread(datamodule.train_data, CALIBRATION_IMAGES)
-    homes = "|".join(home.replace(".", r"\.") for home in QUANTISED)
     options = {
         "calibration_dataset": nncf.Dataset(images, lambda batch: batch.image.numpy()),
-        "ignored_scope": nncf.IgnoredScope(patterns=[rf"^(?!({homes})[./]).*"], validate=False),
+        "ignored_scope": others,
         "subset_size": len(images),
     }
     if compression == CompressionType.INT8_PTQ:

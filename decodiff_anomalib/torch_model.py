@@ -214,6 +214,7 @@ class DeCoDiffModel(nn.Module):
             category: ``(N,)``.
             generator: Source of randomness, on the CPU.
         """
+        self._replay = Replay(REPLAY_CAPACITY)  # older samples are in other units
         if self.preset.scale_latents:
             latents = torch.cat([self.codec.encode(chunk) for chunk in images.split(16)])
             for row, chosen in self._rows(category):
