@@ -674,6 +674,10 @@ class DeCoDiff(AnomalibModule):
                 go on with other categories.
         """
         super().on_load_checkpoint(checkpoint)
+        # Metrics are of a run and not of the model: which there are depends on the datamodule.
+        ours = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}
+        kept = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("evaluator.")}
+        checkpoint["state_dict"] = kept | ours
         saved = checkpoint.get("decodiff")
         if saved is None:
             msg = "The checkpoint is not DeCoDiff's. Give one that `anomalib train --model DeCoDiff` wrote."
