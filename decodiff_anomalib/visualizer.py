@@ -52,7 +52,7 @@ class DeCoDiffVisualizer(ImageVisualizer):
                 continue
             if corrections is not None:
                 told_apart = len(pl_module.categories) > 1 or batch.pred_category[index] == UNKNOWN
-                title = f"Correction: {batch.pred_category[index]}" if told_apart else "Correction"
+                title = f"As {batch.pred_category[index]}" if told_apart else "Correction"
                 picture = _beside(picture, self._panel(corrections[index], title))
             path = Path(item.image_path)
             target = output_dir / (path.relative_to(common) if path.is_relative_to(common) else path.name)
