@@ -39,7 +39,6 @@ from decodiff_anomalib.conditioning import (
     vocabulary,
 )
 from decodiff_anomalib.data.images import check_folders, image_paths, inspect_images, restore_depth
-from decodiff_anomalib.export import as_predicting, write_onnx, write_openvino, write_torch
 from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.presets import PRESETS, Preset
@@ -547,6 +546,8 @@ class DeCoDiff(AnomalibModule):
 
         Maps are of the working size. Without thresholds, scores and maps are raw and there are no labels.
         """
+        from decodiff_anomalib.export import as_predicting
+
         del args, kwargs
         return as_predicting(self)(batch)
 
@@ -560,6 +561,8 @@ class DeCoDiff(AnomalibModule):
         Raises:
             ParityError: If the file does not give what the model gives, as for all exports.
         """
+        from decodiff_anomalib.export import write_torch
+
         self._check_category()
         return write_torch(self, export_root, model_file_name)
 
@@ -593,6 +596,8 @@ class DeCoDiff(AnomalibModule):
             ParityError: If the file does not give what the model gives; it is not written then.
             ValueError: If an output is unknown.
         """
+        from decodiff_anomalib.export import write_onnx
+
         self._check_category()
         return write_onnx(self, export_root, model_file_name, input_size, datamodule, output_names, **kwargs)
 
@@ -637,6 +642,8 @@ class DeCoDiff(AnomalibModule):
             ValueError: If there is no datamodule to calibrate on, or an output is unknown.
         """
         del task
+        from decodiff_anomalib.export import write_openvino
+
         self._check_category()
         return write_openvino(
             self,
