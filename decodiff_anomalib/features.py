@@ -135,7 +135,7 @@ class FeatureLatents(nn.Module):
         self.whitening[row] = _whiten(variances, directions)
         drawn = torch.randint(len(flat), (BANK_CANDIDATES,), generator=generator).to(flat.device)
         candidates = (flat[drawn] - center) @ self.whitening[row].T
-        self.bank[row] = candidates[_spread(candidates, BANK_SIZE)]
+        self.bank[row] = candidates[_cover(candidates, BANK_SIZE)]
 
 
 class _MatrixProduct(nn.Module):
@@ -145,7 +145,7 @@ class _MatrixProduct(nn.Module):
         return a @ b
 
 
-def _spread(points: torch.Tensor, count: int) -> list[int]:
+def _cover(points: torch.Tensor, count: int) -> list[int]:
     """Which of ``points`` ``(N, F)`` cover the others: each the farthest from those before, as PatchCore chooses.
 
     Anomalib's ``KCenterGreedy`` draws from global random numbers, so that a fit would not repeat.

@@ -76,7 +76,7 @@ class DeCoDiff(AnomalibModule):
         init_from: The same, to start training from. The denoiser must be of its size; categories may be fewer or more.
         category: What tests, predictions and exports take the images' category from: ``inferred`` from the image,
             ``given`` by the data, or a category's name, ``unknown`` included, for all of them.
-        num_steps: Correction steps at inference, 1 to 10.
+        num_steps: Correction steps, 1 to 10; later on others only where ``train_timesteps`` of the settings is ``all``.
         corruption: ``defects`` drawn on images, or ``patches`` of the latents, as published.
         train_steps: Optimiser steps. A duration given to the trainer (``max_epochs``, ``max_steps``, ``max_time``)
             goes first.
@@ -383,7 +383,7 @@ class DeCoDiff(AnomalibModule):
     # ---------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
-        """Scale the latents to the training images, and set the duration where the user left it to the model."""
+        """Learn latents and categories of the training images; set the duration where the user left it to the model."""
         if self.trainer.ckpt_path is None:
             self.model.fit(*self._normal_images(self.trainer.train_dataloader), self._generator)
             self._same_everywhere()
@@ -468,7 +468,7 @@ class DeCoDiff(AnomalibModule):
             images, category = self._normal_images(self.trainer.val_dataloaders)
             if len(images):
                 self.model.calibrate(images, category)
-                self._same_everywhere()
+            self._same_everywhere()  # every process takes part, with images or without
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Score normal images; the post-processor sets its thresholds on them."""

@@ -57,7 +57,7 @@ def test_remembered_features_cover_all_others(fitted: tuple[FeatureLatents, torc
     """Chosen among all positions of a small set, the worst-covered one is nearer than at random."""
     latents, _ = fitted
     points = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
-    chosen = module._spread(points, 50)
+    chosen = module._cover(points, 50)
     assert len(set(chosen)) == 50
     covered, at_random = (torch.cdist(points, points[index]).amin(1).max() for index in (chosen, slice(50)))
     assert covered < 0.75 * at_random
