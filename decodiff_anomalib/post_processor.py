@@ -236,5 +236,10 @@ class DeCoDiffPostProcessor(PostProcessor):
 
 
 def _normalise(values: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Map ``[0, inf)`` to ``[0, 1)`` with the threshold at 0.5; raw where no threshold was set."""
-    return torch.where(threshold.isnan(), values, values / (values + threshold).clamp_min(1e-12))
+    """Map ``[0, inf)`` to ``[0, 1)`` with the threshold at 0.5, and go on straight below 0, where some models score.
+
+    Raw where no threshold was set.
+    """
+    positive = threshold.clamp_min(1e-12)
+    normalised = torch.where(values < 0, values / positive, values / (values + positive).clamp_min(1e-12))
+    return torch.where(threshold.isnan(), values, normalised)

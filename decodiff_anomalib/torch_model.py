@@ -15,7 +15,6 @@ from decodiff_anomalib.defects import draw_defects
 from decodiff_anomalib.denoiser import SPATIAL_DIVISOR, FoldedDenoiser, build_denoiser
 from decodiff_anomalib.discrepancy import (
     fuse,
-    gaussian_blur,
     latent_discrepancy,
     pixel_discrepancy,
     resize_mirrored,
@@ -84,7 +83,7 @@ class DeCoDiffModel(nn.Module):
         self.num_categories = num_categories
         self.fixed_category: int | None = None
         self.features = VisualFeatures(preset.features or PACKAGED_BACKBONE) if self._sees else None
-        self.feature_latents = FeatureLatents(self.features.channels, num_categories) if preset.features else None
+        self.feature_latents = FeatureLatents(self.features.levels, num_categories) if preset.features else None
         self.router = CategoryRouter(num_categories, self.features.channels) if self.features else None
         latent_channels = self.codec.latent_channels + (self.feature_latents.channels if self.feature_latents else 0)
         self.denoiser = build_denoiser(
@@ -103,7 +102,7 @@ class DeCoDiffModel(nn.Module):
         rows = num_categories + 1
         self.register_buffer("latent_mean", torch.zeros(rows, self.codec.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(rows, self.codec.latent_channels, 1, 1))
-        self.register_buffer("normal_deviation", torch.ones(rows, latent_channels, 1, 1))
+        self.register_buffer("normal_deviation", torch.ones(rows, self.codec.latent_channels, 1, 1))
         self._replay = Replay(REPLAY_CAPACITY)
 
     @property
@@ -133,15 +132,15 @@ class DeCoDiffModel(nn.Module):
         decoded = self.decode(torch.cat([latents, corrected]), category.repeat(2))
         reconstruction, correction = decoded.unflatten(0, (2, -1)).unbind()
 
-        preset, size, scale = self.preset, images.shape[-2:], self.normal_deviation[category]
-        maps = [
-            pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma),
-            latent_discrepancy(corrected / scale, latents / scale, size, preset.latent_clip, preset.latent_sigma),
-        ]
-        if self.feature_latents:
-            novelty = self.feature_latents.novelty(features, category)
-            maps.append(resize_mirrored(gaussian_blur(novelty, preset.latent_sigma), size))
-        anomaly_map = fuse(*maps, mode=preset.fusion)
+        preset, size = self.preset, images.shape[-2:]
+        before, after = (self._in_normal_deviations(part, category) for part in (latents, corrected))
+        discrepancies = {
+            "pixel": lambda: pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma),
+            "latent": lambda: latent_discrepancy(after, before, size, preset.latent_clip, preset.latent_sigma),
+            "feature": lambda: resize_mirrored(self.feature_latents.novelty(features, category), size),
+        }
+        maps = [discrepancies[level]() for level in preset.levels]
+        anomaly_map = fuse(*maps, weights=preset.levels.values(), mode=preset.fusion)
         return Inspection(
             anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, category, strangeness, reconstruction, correction
         )
@@ -186,6 +185,10 @@ class DeCoDiffModel(nn.Module):
         """Images ``(B, 3, H, W)`` of :meth:`encode`'s latents; the features are not needed for it."""
         latents = latents[:, : self.codec.latent_channels]
         return self.codec.decode(latents * self.latent_std[category] + self.latent_mean[category])
+
+    def _in_normal_deviations(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """The codec's latents in units of what normal images of the category are corrected by."""
+        return latents[:, : self.codec.latent_channels] / self.normal_deviation[category]
 
     def correct(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Undo deviations from ``latents`` ``(B, C, h, w)``, which are taken as the most deviated state: no noise."""
@@ -246,7 +249,8 @@ class DeCoDiffModel(nn.Module):
             for chunk, index in zip(images.split(16), category.split(16), strict=True):
                 latents = self.encode(chunk, index)
                 corrections.append((self.correct(latents, index) - latents).abs().mean(dim=(2, 3)))
-            corrections = torch.cat(corrections).clamp_min(torch.finfo(images.dtype).tiny)[..., None, None]
+            corrections = torch.cat(corrections)[:, : self.codec.latent_channels, None, None]
+            corrections = corrections.clamp_min(torch.finfo(images.dtype).tiny)
             for row, chosen in self._rows(category):
                 self.normal_deviation[row] = corrections[chosen].mean(0)
 

@@ -9,6 +9,7 @@ from decodiff_anomalib.discrepancy import fuse, gaussian_blur, latent_discrepanc
 def test_blur_keeps_constants_and_mass() -> None:
     assert gaussian_blur(torch.ones(1, 1, 20, 30), 3.0).sub(1).abs().max() < 1e-6
     maps = torch.rand(2, 1, 24, 40)
+    assert gaussian_blur(maps, 0.0) is maps
     torch.testing.assert_close(gaussian_blur(maps, 2.0).sum((1, 2, 3)), maps.sum((1, 2, 3)), rtol=1e-5, atol=0)
 
 
@@ -31,5 +32,7 @@ def test_fusion() -> None:
     maps = [torch.full((1, 1, 2, 2), value) for value in (1.0, 2.0, 4.0)]
     torch.testing.assert_close(fuse(*maps), torch.full((1, 1, 2, 2), 2.0))
     torch.testing.assert_close(fuse(*maps, mode="arithmetic"), torch.full((1, 1, 2, 2), 7 / 3))
+    torch.testing.assert_close(fuse(*maps, weights=(1, 0.5, 2.5)), torch.full((1, 1, 2, 2), 2 ** (5.5 / 4)))
+    torch.testing.assert_close(fuse(*maps, weights=(3, 1, 4), mode="arithmetic"), torch.full((1, 1, 2, 2), 21 / 8))
     with pytest.raises(ValueError, match="valid: 'geometric', 'arithmetic'"):
         fuse(*maps, mode="maximum")

@@ -102,7 +102,7 @@ def test_a_folded_model_sees_the_same_and_leaves_the_model_alone() -> None:
 
 
 def test_norms_of_remembered_features_follow_a_checkpoint() -> None:
-    latents, restored = FeatureLatents(5, 2, channels=3), FeatureLatents(5, 2, channels=3)
+    latents, restored = FeatureLatents([2, 3], 2, channels=3), FeatureLatents([2, 3], 2, channels=3)
     latents.fit(torch.randn(4, 5, 8, 8), torch.tensor([0, 0, 1, 1]), torch.Generator().manual_seed(0))
     restored.load_state_dict(latents.state_dict())
     assert "bank_energy" not in latents.state_dict()

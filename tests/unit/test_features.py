@@ -19,7 +19,7 @@ def fitted(backbone: VisualFeatures) -> tuple[FeatureLatents, torch.Tensor]:
     images = (smooth + 0.2 * torch.randn(12, 3, 64, 64)).clamp(-1, 1)
     images[6:] = images[6:] / 3 + 0.6
     features = backbone(images)
-    latents = FeatureLatents(backbone.channels, num_categories=2)
+    latents = FeatureLatents(backbone.levels, num_categories=2)
     latents.fit(features, torch.arange(12) // 6, torch.Generator().manual_seed(0))
     return latents, features
 
@@ -40,7 +40,9 @@ def test_novelty_is_the_distance_to_the_nearest_remembered_feature_of_the_catego
 ) -> None:
     latents, features = fitted
     for category in (0, 1, 2):
-        whitened = (features.movedim(1, -1) - latents.center[category, :, 0]) @ latents.whitening[category].T
+        directions = torch.cat([level / level.norm(dim=1, keepdim=True) for level in features.split([40, 112], 1)], 1)
+        centered = directions.movedim(1, -1) - latents.direction_center[category, :, 0]
+        whitened = centered @ latents.whitening[category].T
         expected = torch.cdist(whitened.flatten(0, -2), latents.bank[category]).amin(1).view(12, 1, 8, 8)
         found = latents.novelty(features, torch.full((12,), category))
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-3)
@@ -50,7 +52,9 @@ def test_novelty_is_the_distance_to_the_nearest_remembered_feature_of_the_catego
     assert other > 1.5 * own
     assert any_of_them < other
     strange = backbone(torch.rand(1, 3, 64, 64).round() * 2 - 1)
-    assert latents.novelty(strange, torch.tensor([0])).mean() > 2 * own
+    novelty = latents.novelty(strange, torch.tensor([0]))
+    assert novelty.mean() > 2 * own
+    torch.testing.assert_close(latents.novelty(3 * strange, torch.tensor([0])), novelty)  # only directions count
 
 
 def test_remembered_features_cover_all_others(fitted: tuple[FeatureLatents, torch.Tensor]) -> None:

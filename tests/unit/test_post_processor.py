@@ -56,6 +56,17 @@ def test_normalised_scores_keep_the_ranking_without_ties() -> None:
     assert torch.equal(out.pred_score > 0.5, raw > processor.image_threshold)
 
 
+def test_scores_below_zero_keep_their_ranking() -> None:
+    """EfficientAd's maps are negative on most normal pixels."""
+    processor = DeCoDiffPostProcessor()
+    calibrate(processor, torch.rand(20) + 0.5, torch.rand(20, 1, 16, 16))
+    raw = torch.linspace(-10, 10, 81)
+    out = processor(InferenceBatch(pred_score=raw, anomaly_map=raw.view(-1, 1, 1, 1)))
+    assert (out.pred_score.diff() > 0).all()
+    assert (out.anomaly_map.flatten().diff() > 0).all()
+    assert out.pred_score[40] == 0
+
+
 def test_without_calibration_scores_stay_raw_and_nothing_is_labelled() -> None:
     raw = torch.tensor([0.1, 5.0])
     out = DeCoDiffPostProcessor()(InferenceBatch(pred_score=raw, anomaly_map=raw.view(-1, 1, 1, 1)))

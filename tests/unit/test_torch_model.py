@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from decodiff_anomalib import DeCoDiff
 from decodiff_anomalib.presets import PRESETS
 from decodiff_anomalib.torch_model import DeCoDiffModel
 
-PLAIN = replace(PRESETS["balanced"], features=None, num_steps=3)
+PLAIN = replace(PRESETS["balanced"], features=None, levels={"pixel": 1.0, "latent": 1.0}, num_steps=3)
 
 
 class KnowsTheDefect(nn.Module):
@@ -123,6 +124,35 @@ def test_an_image_is_treated_as_the_category_that_is_inferred_from_it(conditione
     assert (wrong.pred_score != given.pred_score).all()
 
 
+def test_levels_are_fused_by_their_weights(conditioned) -> None:
+    """A level alone is its map, and the default is (L · N⁴)^(1/5), with the novelty of features ``N``."""
+    model, images, category = conditioned
+    default, maps = model.preset, {}
+    try:
+        for level in ("pixel", "latent", "feature"):
+            model.preset = replace(default, levels={level: 2.0})
+            maps[level] = model(images, category).anomaly_map
+        model.preset = default
+        found = model(images, category).anomaly_map
+    finally:
+        model.preset = default
+    assert default.levels == {"latent": 1.0, "feature": 4.0}
+    torch.testing.assert_close(found, (maps["latent"] * maps["feature"] ** 4) ** 0.2, rtol=1e-4, atol=1e-5)
+    novelty = model.feature_latents.novelty(model.features(images), category)
+    torch.testing.assert_close(maps["feature"][:, :, 4::8, 4::8].mean(), novelty.mean(), rtol=0.1, atol=0)
+    assert (maps["pixel"] - maps["latent"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("levels", [{}, {"image": 1.0}, {"latent": 0.0}, {"feature": 1.0}])
+def test_levels_that_cannot_be(levels: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be one or more of pixel, latent, each with its weight above 0"):
+        replace(PLAIN, levels=levels)
+
+
+def test_without_features_the_other_levels_remain() -> None:
+    assert DeCoDiff(features="none").settings.levels == {"latent": 1.0}
+
+
 def test_a_fixed_category_is_taken_for_all_images(conditioned) -> None:
     model, images, _ = conditioned
     model.fixed_category = 1
@@ -145,7 +175,7 @@ def test_normal_deviation_is_the_mean_correction_of_each_category_and_of_all(con
     latents = model.encode(images[held_out], category)
     with torch.no_grad():
         correction = model.correct(latents, category) - latents
-    expected = correction.abs().mean((2, 3)).unflatten(0, (3, 2)).mean(1)
+    expected = correction.abs().mean((2, 3)).unflatten(0, (3, 2)).mean(1)[:, : model.codec.latent_channels]
     torch.testing.assert_close(model.normal_deviation[:3, :, 0, 0], expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(model.normal_deviation[3, :, 0, 0], expected.mean(0), rtol=1e-4, atol=1e-6)
 
