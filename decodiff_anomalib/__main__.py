@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 VERBS: dict[str, str] = {
+    "benchmark": "decodiff_anomalib.benchmark:benchmark",
     "convert": "decodiff_anomalib.weights:convert",
     "reproduce": "decodiff_anomalib.reproduce:reproduce",
 }

@@ -339,6 +339,25 @@ class CategoryFigures(Metric):
             "unknown": float(images.unknown.mean()),
         }
 
+    def precision_recall(self, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
+        """Precision of the pixels over their recall, of all images so far, of all processes.
+
+        Args:
+            points: At most so many points of the curve, evenly spread over the recall.
+
+        Returns:
+            tuple[np.ndarray, np.ndarray]: Recall, rising, and precision, both ``(P,)``; empty where there is nothing to
+            tell from, or where a score is not a number.
+        """
+        with self.sync_context():
+            _, _, normal, anomalous, _ = _join_runs(_rows(self.runs, RUN_COLUMNS)).T
+        if not (normal.sum() > 0 and anomalous.sum() > 0):
+            return np.empty(0), np.empty(0)
+        found, ranked = (counts[::-1].cumsum() for counts in (anomalous, normal + anomalous))
+        recall = found / found[-1]
+        kept = np.unique(np.searchsorted(recall, np.linspace(0, 1, points)))
+        return recall[kept], (found / ranked)[kept]
+
 
 def _rows(state: list[torch.Tensor] | torch.Tensor, columns: Sequence[str]) -> np.ndarray:
     """A flat state as ``(N, columns)``."""
@@ -436,11 +455,13 @@ class CategoryReport(Callback):
 
     Attributes:
         table: What :func:`category_table` makes of the last test; ``None`` before.
+        curves: Category to what :meth:`CategoryFigures.precision_recall` gives, of the last test.
     """
 
     def __init__(self, categories: Sequence[str]) -> None:
         self.categories = tuple(categories)
         self.table: pd.DataFrame | None = None
+        self.curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._figures: dict[str, CategoryFigures] = {}
 
     @classmethod
@@ -455,7 +476,7 @@ class CategoryReport(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from nothing."""
         del trainer, pl_module
-        self.table = None
+        self.table, self.curves = None, {}
         self._figures = {category: CategoryFigures(category) for category in self.categories}
 
     def on_test_batch_end(
@@ -478,6 +499,7 @@ class CategoryReport(Callback):
             for figures in self._figures.values():
                 figures.to(pl_module.device)
         table = category_table({category: figures.compute() for category, figures in self._figures.items()})
+        self.curves = {category: figures.precision_recall() for category, figures in self._figures.items()}
         self._figures = {}
         categories, summaries = table[:-2], table[-2:]
         if categories.empty:
