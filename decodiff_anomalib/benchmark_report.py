@@ -247,11 +247,16 @@ def accuracy_and_speed(table: pd.DataFrame) -> Figure:
                 **style,
             )
     axes.set(xlabel="milliseconds an image, batch 1", ylabel="pixel AP, mean over categories")
-    axes.set_xlim(0, 1.1 * np.nanmax(rows.ms_batch_1 + rows.ms_batch_1_sd.fillna(0), initial=1))
-    axes.set_ylim(0, min(1, 1.15 * np.nanmax(rows.pixel_ap + rows.pixel_ap_sd.fillna(0), initial=0.1)))
+    axes.set(xlim=(0, _room_above(rows, "ms_batch_1")), ylim=(0, _room_above(rows, "pixel_ap")))
     axes.grid(alpha=0.3)
     _legend(figure, axes)
     return figure
+
+
+def _room_above(rows: pd.DataFrame, name: str) -> float:
+    """Upper end of an axis: a little above the values; 1 where there are none, as without masks."""
+    highest = (rows[name] + rows[f"{name}_sd"].fillna(0)).max()
+    return 1.15 * highest if highest > 0 else 1.0
 
 
 def figures_by_category(table: pd.DataFrame) -> Figure:

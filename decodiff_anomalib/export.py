@@ -50,6 +50,7 @@ PREDICTIONS = InferenceBatch._fields
 """What Anomalib's inferencers understand."""
 
 FURTHER = ("correction", "category", "strangeness")
+ON_THE_WAY = ("category", "strangeness")  # to the predictions; whoever wants no correction need not wait for one
 """What else the graph can give, see :class:`decodiff_anomalib.torch_model.Inspection`."""
 
 OPSET = 18
@@ -252,21 +253,15 @@ def write_openvino(
         raise ValueError(msg)
     onnx_kwargs = dict(onnx_kwargs or {})
     shown = onnx_kwargs.pop("output_names", PREDICTIONS)
-    if set(shown) & set(FURTHER):
-        msg = (
-            f"output_names={list(shown)}: Anomalib's OpenVINOInferencer reads no file with other outputs than "
-            f"{', '.join(PREDICTIONS)}. {', '.join(FURTHER)} are in every OpenVINO file as named tensors; "
-            "`model.add_outputs([...])` after `read_model` makes them outputs."
-        )
-        raise ValueError(msg)
     import openvino
 
     with _delivery(root, ExportType.OPENVINO) as (folder, target), TemporaryDirectory() as scratch:
         file, onnx = folder / f"{name}.xml", Path(scratch) / "model.onnx"
-        names = _save_onnx(as_exported(model), onnx, input_size, (*shown, *FURTHER), **onnx_kwargs)
+        wanted = list(dict.fromkeys((*shown, *ON_THE_WAY)))
+        names = _save_onnx(as_exported(model), onnx, input_size, wanted, **onnx_kwargs)
         graph = openvino.convert_model(onnx, **(ov_kwargs or {}))
         for result, output in zip(graph.get_results(), names, strict=True):
-            if output in FURTHER:
+            if output not in shown:
                 graph.remove_result(result)
         if integers:
             graph = _compress(graph, compression, datamodule, metric, max_drop)

@@ -611,8 +611,9 @@ class DeCoDiff(AnomalibModule):
     ) -> Path:
         """Write ``weights/openvino/<name>.xml`` and ``.bin``, and ``parity.json`` with what differs.
 
-        ``correction``, ``category`` and ``strangeness`` are in the graph as named tensors, which ``add_outputs`` of a
-        model that OpenVINO has read makes outputs.
+        ``category`` and ``strangeness`` are in the graph as named tensors, which ``add_outputs`` of a model that
+        OpenVINO has read makes outputs. ``correction`` is computed only where ``output_names`` of ``onnx_kwargs`` ask
+        for it, and Anomalib's inferencer reads no file with it.
 
         Args:
             export_root: Folder for ``weights/openvino``.
@@ -669,7 +670,8 @@ class DeCoDiff(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Become the model that was saved, whatever the command line said besides the checkpoint.
 
-        Only ``category`` can be chosen anew, and ``num_steps`` where all timesteps were trained.
+        Only ``category`` can be chosen anew, ``num_steps`` where all timesteps were trained, and the ``levels`` of the
+        settings. Thresholds are of the levels they were set with: with others, scores are raw and nothing is labelled.
 
         Raises:
             ValueError: If the checkpoint is another model's, contradicts an argument that was given, or training is to
@@ -700,16 +702,10 @@ class DeCoDiff(AnomalibModule):
                 "same ones, or start anew."
             )
             raise ValueError(msg)
-        num_steps = {"num_steps": self.settings.num_steps} if self._was_given("num_steps") else {}
         settings = Preset(**saved["settings"])
-        if num_steps and num_steps["num_steps"] != settings.num_steps and settings.train_timesteps == "used":
-            msg = (
-                f"The checkpoint was trained for num_steps={settings.num_steps} and no other (train_timesteps='used'), "
-                f"not {num_steps['num_steps']}. Leave --model.num_steps out, or train with settings={{train_timesteps: "
-                "all}."
-            )
-            raise ValueError(msg)
-        self.settings = replace(settings, **num_steps)
+        self.settings = self._with_choices(settings)
+        if self.settings.levels != settings.levels:
+            _forget_thresholds(checkpoint)
         self._image_size = tuple(saved["image_size"])
         self.categories = self._source_categories = categories
         if {**mine, "settings": None} != {**saved, "settings": None}:
@@ -719,6 +715,24 @@ class DeCoDiff(AnomalibModule):
         if self._trainer is not None and self.trainer.datamodule is not None:
             # it was set up for the model of the command line, whose size its images would be resized to first
             self.trainer.datamodule.setup(self.trainer.state.fn)
+
+    def _with_choices(self, saved: Preset) -> Preset:
+        """The settings of a checkpoint with what can be chosen anew.
+
+        Raises:
+            ValueError: If the denoiser did not learn the steps that are asked for.
+        """
+        levels = (self.hparams["settings"] or {}).get("levels", saved.levels)
+        if not self._was_given("num_steps"):
+            return replace(saved, levels=levels)
+        num_steps = self.settings.num_steps
+        if num_steps != saved.num_steps and saved.train_timesteps == "used":
+            msg = (
+                f"The checkpoint was trained for num_steps={saved.num_steps} and no other (train_timesteps='used'), "
+                f"not {num_steps}. Leave --model.num_steps out, or train with settings={{train_timesteps: all}}."
+            )
+            raise ValueError(msg)
+        return replace(saved, levels=levels, num_steps=num_steps)
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint says about the model that it holds, in plain data."""
@@ -749,6 +763,14 @@ class WeightAveraging(EMAWeightAveraging):
         super().on_validation_epoch_end(trainer, pl_module)
         for buffer, value in zip(pl_module.buffers(), measured, strict=True):
             buffer.copy_(value)
+
+
+def _forget_thresholds(checkpoint: dict[str, Any]) -> None:
+    """Make thresholds NaN, in the model and in the post-processor's own state: Lightning restores both."""
+    for state in (checkpoint["state_dict"], *checkpoint.get("callbacks", {}).values()):
+        for name, value in state.items():
+            if name.rpartition("_")[2] in {"threshold", "thresholds"}:
+                state[name] = torch.full_like(value, math.nan)
 
 
 def _as_size(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -302,7 +302,7 @@ class PatchTarget:
 
 def _half_precision() -> torch.autocast:
     """Bfloat16 where the processor computes in it, twice as fast; others only emulate it, slowly."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def _convolutions(network: nn.Module) -> list[nn.Conv2d]:

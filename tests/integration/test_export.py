@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from decodiff_anomalib import DeCoDiff, MultiCategory, export
 from decodiff_anomalib.data import DemoTextures
-from decodiff_anomalib.export import FURTHER, PREDICTIONS, ParityError, as_predicting
+from decodiff_anomalib.export import FURTHER, ON_THE_WAY, PREDICTIONS, ParityError, as_predicting
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -229,13 +229,22 @@ def test_openvino_gives_what_the_model_gives_and_more_where_asked(
 ) -> None:
     graph = openvino.Core().read_model(openvino_file)
     assert [output.any_name for output in graph.outputs] == list(PREDICTIONS)
-    graph.add_outputs(list(FURTHER))
+    graph.add_outputs(list(ON_THE_WAY))
     compiled = openvino.compile_model(graph, "CPU", EXACT)
     for size in (None, (90, 200)):
         images = photographs(root, batch_size, size)
         found = {output.any_name: value for output, value in compiled(images).items()}
-        assert set(found) == {*PREDICTIONS, *FURTHER}
+        assert set(found) == {*PREDICTIONS, *ON_THE_WAY}
         assert_same(found, model, images)
+
+
+def test_openvino_gives_the_correction_where_it_is_asked_for(model: DeCoDiff, root: Path, tmp_path: Path) -> None:
+    file = model.to_openvino(tmp_path, onnx_kwargs={"output_names": ["pred_score", "correction"]})
+    compiled = openvino.compile_model(file, "CPU", EXACT)
+    images = photographs(root, 2, None)
+    found = {output.any_name: value for output, value in compiled(images).items()}
+    assert set(found) == {"pred_score", "correction"}
+    assert_same(found, model, images)
 
 
 def test_the_report_is_of_test_images_and_of_the_default_precision(openvino_file: Path) -> None:
@@ -251,8 +260,6 @@ def test_the_report_is_of_test_images_and_of_the_default_precision(openvino_file
 def test_what_openvino_cannot_do_is_refused_before_work(model: DeCoDiff, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"compression_type=INT8_PTQ needs images .* Give a datamodule"):
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
-    with pytest.raises(ValueError, match=r"`model\.add_outputs\(\[\.\.\.\]\)` after `read_model`"):
-        model.to_openvino(tmp_path, onnx_kwargs={"output_names": ["pred_score", "correction"]})
     with pytest.raises(ValueError, match=r"output_names=\['score'\] must be of pred_score, "):
         model.to_onnx(tmp_path, output_names=["score"])
     assert not list(tmp_path.rglob("*.*"))

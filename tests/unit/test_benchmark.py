@@ -1,6 +1,7 @@
 """What ``decodiff benchmark`` runs, refuses, keeps and sums up; the runs themselves are in the integration tests."""
 
 import json
+import signal
 import stat
 import sys
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from decodiff_anomalib.__main__ import main
 from decodiff_anomalib.benchmark import benchmark, make_grid
-from decodiff_anomalib.benchmark_report import VALUES, collect, shown_names, summarise
+from decodiff_anomalib.benchmark_report import VALUES, accuracy_and_speed, collect, shown_names, summarise
 from decodiff_anomalib.benchmark_run import RECORD, Run, build_model, shown_samples, whole_images, write_record
 from decodiff_anomalib.evaluation import FIGURES, CategoryFigures
 
@@ -251,12 +252,33 @@ def test_an_interrupted_benchmark_keeps_what_ended(
     ended, *_ = make_grid(layout(root, PADIM, seed={"grid": [0, 1]}))
     finish(ended, tmp_path, {"bolt": 0.5, "felt": 0.5}, seconds=1)
     before = (ended.folder(tmp_path) / RECORD).read_bytes()
+    before_handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are born deaf to it
     monkeypatch.setattr(sys, "executable", interpreter(tmp_path / "python", "kill -INT $PPID; exec sleep 20"))
-    with pytest.raises(SystemExit) as stopped:
-        benchmark(benchmark=layout(root, PADIM, seed={"grid": [0, 1]}), output=tmp_path)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            benchmark(benchmark=layout(root, PADIM, seed={"grid": [0, 1]}), output=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before_handler)
     assert stopped.value.code == 130
     assert "seed 0: done before\n[2/2]" in capsys.readouterr().out
     assert (ended.folder(tmp_path) / RECORD).read_bytes() == before
+
+
+def test_figures_that_are_not_there_leave_a_picture(root: Path, tmp_path: Path) -> None:
+    """Without masks there are none of pixels."""
+    grid = make_grid(layout(root, PADIM))
+    finish(grid[0], tmp_path, {"bolt": float("nan"), "felt": float("nan")}, seconds=1)
+    table = summarise(*collect(grid, shown_names(grid, tmp_path), tmp_path), ["Padim"], ["bolt", "felt"])
+    (axes,) = accuracy_and_speed(table[table.error.isna()]).axes
+    assert axes.get_ylim() == (0, 1)
+    assert axes.get_xlim() == (0, 1.15)
+
+
+def test_the_configurations_are_valid(root: Path) -> None:
+    for config in sorted(CONFIG.parent.glob("*.yaml")):
+        settings = yaml.safe_load(config.read_text())
+        if "benchmark" in settings:
+            assert len(make_grid(settings["benchmark"], root)) >= 12, config
 
 
 def test_the_sheet_shows_several_defects_and_the_same_images_whatever_else_there_is() -> None:
