@@ -28,7 +28,7 @@ class VisualFeatures(nn.Module):
             others are fetched from the hub.
 
     Attributes:
-        levels: Features per position of each stride.
+        level_channels: Features per position of each stride.
         channels: Of all together.
 
     Raises:
@@ -39,8 +39,8 @@ class VisualFeatures(nn.Module):
     def __init__(self, backbone: str = PACKAGED_BACKBONE) -> None:
         super().__init__()
         self.backbone = _load_backbone(backbone)
-        self.levels: list[int] = self.backbone.feature_info.channels()
-        self.channels = sum(self.levels)
+        self.level_channels: list[int] = self.backbone.feature_info.channels()
+        self.channels = sum(self.level_channels)
         config = self.backbone.pretrained_cfg
         self.mean: torch.Tensor
         self.std: torch.Tensor
@@ -63,16 +63,16 @@ class FeatureLatents(nn.Module):
     which differs between normal images more than it tells of defects.
 
     Args:
-        levels: Features per position of each level, ``F`` altogether.
+        level_channels: Features per position of each level, ``F`` altogether.
         num_categories: ``K``; a further row is of all categories together, for images of none.
         channels: Principal components that become latents.
     """
 
-    def __init__(self, levels: Sequence[int], num_categories: int, channels: int = 32) -> None:
+    def __init__(self, level_channels: Sequence[int], num_categories: int, channels: int = 32) -> None:
         super().__init__()
-        self.levels = list(levels)
+        self.level_channels = list(level_channels)
         self.channels = channels
-        features, rows = sum(levels), num_categories + 1
+        features, rows = sum(level_channels), num_categories + 1
         self.products = _MatrixProduct()
         self.center: torch.Tensor
         self.projection: torch.Tensor
@@ -130,7 +130,7 @@ class FeatureLatents(nn.Module):
 
     def _directions(self, features: torch.Tensor) -> torch.Tensor:
         """Features ``(B, F, h, w)`` with those of each level at unit length."""
-        return torch.cat([F.normalize(level, dim=1) for level in features.split(self.levels, dim=1)], dim=1)
+        return torch.cat([F.normalize(level, dim=1) for level in features.split(self.level_channels, dim=1)], dim=1)
 
     def _measure_bank(self) -> None:
         self.bank_energy.copy_(self.bank.square().sum(2))

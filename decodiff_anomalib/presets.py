@@ -26,8 +26,8 @@ class Preset:
         scale_latents: Whether latents are scaled to the training images, see
             :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit_latents`; features need it.
         levels: The maps that are fused, ``pixel``, ``latent`` or ``feature`` (which needs features), and how much each
-            counts. On normal images the distances of features vary about a quarter as much as latent discrepancies,
-            in proportion; counting four times as much, they weigh as much.
+            counts. On normal images the distances of features vary far less than latent discrepancies, in proportion,
+            so that they must count more to weigh as much.
         pixel_clip: Saturation of the pixel map; ``None`` for none.
         latent_clip: Saturation of the latent map; ``None`` for none.
         pixel_sigma: Blur of the pixel map in pixels of the working size.

@@ -83,7 +83,7 @@ class DeCoDiffModel(nn.Module):
         self.num_categories = num_categories
         self.fixed_category: int | None = None
         self.features = VisualFeatures(preset.features or PACKAGED_BACKBONE) if self._sees else None
-        self.feature_latents = FeatureLatents(self.features.levels, num_categories) if preset.features else None
+        self.feature_latents = FeatureLatents(self.features.level_channels, num_categories) if preset.features else None
         self.router = CategoryRouter(num_categories, self.features.channels) if self.features else None
         latent_channels = self.codec.latent_channels + (self.feature_latents.channels if self.feature_latents else 0)
         self.denoiser = build_denoiser(

@@ -19,7 +19,7 @@ def fitted(backbone: VisualFeatures) -> tuple[FeatureLatents, torch.Tensor]:
     images = (smooth + 0.2 * torch.randn(12, 3, 64, 64)).clamp(-1, 1)
     images[6:] = images[6:] / 3 + 0.6
     features = backbone(images)
-    latents = FeatureLatents(backbone.levels, num_categories=2)
+    latents = FeatureLatents(backbone.level_channels, num_categories=2)
     latents.fit(features, torch.arange(12) // 6, torch.Generator().manual_seed(0))
     return latents, features
 
