@@ -33,6 +33,7 @@ class Preset:
         pixel_sigma: Blur of the pixel map in pixels of the working size.
         latent_sigma: Blur of the latent map in latent pixels; 0 for none.
         fusion: ``geometric`` or ``arithmetic`` mean of the maps.
+        score_share: Share of the map, its highest cells, whose mean is the score of an image; 0 for its maximum.
         train_steps: Optimiser steps, unless the trainer is given a duration.
         warmup_steps: Steps until the full learning rate.
         learning_rate_schedule: ``epochs`` (the paper): constant within an epoch, see
@@ -65,6 +66,7 @@ class Preset:
     pixel_sigma: float = PIXEL_SIGMA
     latent_sigma: float = LATENT_SIGMA
     fusion: Literal["geometric", "arithmetic"] = "geometric"
+    score_share: float = 0.0
     train_steps: int = 10_400
     warmup_steps: int = 130
     learning_rate_schedule: Literal["steps", "epochs"] = "epochs"
@@ -80,7 +82,7 @@ class Preset:
         """Refuse what no later step would.
 
         Raises:
-            ValueError: If a word is unknown, or a level needs features that are not there.
+            ValueError: If a word is unknown, a level needs features that are not there, or a share is none.
         """
         words = {"learning_rate_schedule": ("steps", "epochs"), "train_timesteps": ("all", "used")}
         for name, valid in words.items():
@@ -94,6 +96,9 @@ class Preset:
                 f"feature is one of them where features={self.features!r} names a backbone."
             )
             raise ValueError(msg)
+        if not 0 <= self.score_share <= 1:
+            msg = f"score_share={self.score_share} must be from 0, the map's maximum, to 1, its mean."
+            raise ValueError(msg)
 
 
 BALANCED = Preset(
@@ -105,10 +110,11 @@ BALANCED = Preset(
     train_timesteps="used",
     corruption="defects",
     scale_latents=True,
-    levels={"latent": 1.0, "feature": 4.0},
+    levels={"latent": 1.0, "feature": 8.0},
     pixel_clip=None,
     latent_clip=None,
     latent_sigma=0.0,
+    score_share=0.01,
     train_steps=600,
     warmup_steps=50,
     learning_rate_schedule="steps",

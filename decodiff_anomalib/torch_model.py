@@ -1,12 +1,14 @@
 """DeCo-Diff from image to anomaly map, top to bottom."""
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from decodiff_anomalib.codec import build_codec
 from decodiff_anomalib.conditioning import CategoryRouter
@@ -141,9 +143,8 @@ class DeCoDiffModel(nn.Module):
         }
         maps = [discrepancies[level]() for level in preset.levels]
         anomaly_map = fuse(*maps, weights=preset.levels.values(), mode=preset.fusion)
-        return Inspection(
-            anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, category, strangeness, reconstruction, correction
-        )
+        pred_score = self.score(anomaly_map)
+        return Inspection(pred_score, anomaly_map, category, strangeness, reconstruction, correction)
 
     def route(
         self, images: torch.Tensor, features: torch.Tensor | None, category: torch.Tensor | None
@@ -195,6 +196,17 @@ class DeCoDiffModel(nn.Module):
         for index, timestep in enumerate(self._timesteps):
             latents = self.schedule.step(latents, self.denoiser(latents, timestep, category), index)
         return latents
+
+    def score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Score ``(B,)`` of maps ``(B, 1, H, W)``: their maximum, or the mean of the highest cells of the latent grid.
+
+        A defect covers several cells. One cell alone, which noise can raise, says less than they do.
+        """
+        if not self.preset.score_share:
+            return anomaly_map.amax(dim=(1, 2, 3))
+        cells = F.avg_pool2d(anomaly_map, self.codec.downsample_factor).flatten(1)
+        highest = math.ceil(self.preset.score_share * cells.shape[1])
+        return cells.topk(highest, dim=1).values.mean(1)
 
     def folded(self) -> "DeCoDiffModel":
         """A copy for inference alone: what no image changes is worked out, see :class:`FoldedDenoiser`."""

@@ -45,8 +45,21 @@ def test_a_known_defect_is_corrected_and_mapped_where_it_is() -> None:
     row, column = divmod(int(seen.anomaly_map[0, 0].argmax()), 96)
     assert 14 <= row < 26
     assert 38 <= column < 50
-    assert torch.equal(seen.pred_score, seen.anomaly_map.amax((1, 2, 3)))
     assert seen.anomaly_map[0, 0, 50:, :20].max() < 1e-3 * seen.pred_score[0]
+
+
+def test_the_score_is_the_maximum_of_the_map_or_the_mean_of_its_highest_cells() -> None:
+    maps = torch.zeros(2, 1, 64, 96)  # 8 x 12 cells
+    maps[0, 0, 8:16, 16:40], maps[0, 0, 50, 3] = 2.0, 5.0
+    maps[1] = torch.rand(1, 64, 96, generator=torch.Generator().manual_seed(0))
+    model = DeCoDiffModel(PLAIN, (64, 96))
+    expected = {0.0: (5.0, maps[1].max()), 0.01: (2.0, None), 2 / 96: (2.0, None), 4 / 96: ((6 + 5 / 64) / 4, None)}
+    for share, scores in (expected | {1.0: (maps[0].mean(), maps[1].mean())}).items():
+        model.preset = replace(PLAIN, score_share=share)
+        for found, score in zip(model.score(maps), scores, strict=True):
+            assert score is None or float(found) == pytest.approx(float(score), rel=1e-6)
+    with pytest.raises(ValueError, match="score_share=2 must be from 0"):
+        replace(PLAIN, score_share=2)
 
 
 def test_an_untrained_model_corrects_nothing() -> None:
@@ -125,7 +138,7 @@ def test_an_image_is_treated_as_the_category_that_is_inferred_from_it(conditione
 
 
 def test_levels_are_fused_by_their_weights(conditioned) -> None:
-    """A level alone is its map, and the default is (L · N⁴)^(1/5), with the novelty of features ``N``."""
+    """A level alone is its map, and the default is (L · N⁸)^(1/9), with the novelty of features ``N``."""
     model, images, category = conditioned
     default, maps = model.preset, {}
     try:
@@ -136,8 +149,8 @@ def test_levels_are_fused_by_their_weights(conditioned) -> None:
         found = model(images, category).anomaly_map
     finally:
         model.preset = default
-    assert default.levels == {"latent": 1.0, "feature": 4.0}
-    torch.testing.assert_close(found, (maps["latent"] * maps["feature"] ** 4) ** 0.2, rtol=1e-4, atol=1e-5)
+    assert default.levels == {"latent": 1.0, "feature": 8.0}
+    torch.testing.assert_close(found, (maps["latent"] * maps["feature"] ** 8) ** (1 / 9), rtol=1e-4, atol=1e-5)
     novelty = model.feature_latents.novelty(model.features(images), category)
     torch.testing.assert_close(maps["feature"][:, :, 4::8, 4::8].mean(), novelty.mean(), rtol=0.1, atol=0)
     assert (maps["pixel"] - maps["latent"]).abs().max() > 0.1
