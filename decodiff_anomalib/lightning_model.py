@@ -447,6 +447,11 @@ class DeCoDiff(AnomalibModule):
             self.log("minutes_left", left, prog_bar=True, logger=False, batch_size=len(batch.image))
         return loss
 
+    def on_train_batch_end(self, *_: object) -> None:
+        """End at ``max_steps`` as one stops early: validated first, because thresholds of earlier weights are wrong."""
+        if 0 < self.trainer.max_steps <= self.trainer.global_step:
+            self.trainer.should_stop = True
+
     @property
     def _trains_in_bfloat16(self) -> bool:
         """Whether the preset asks for it, the user did not choose a precision, and the hardware computes it."""

@@ -12,6 +12,7 @@ from anomalib.data import Folder, MVTecAD
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
 from decodiff_anomalib import DeCoDiff
@@ -214,11 +215,24 @@ def test_thresholds_never_see_test_images(gravel: Path, tmp_path: Path) -> None:
     assert len(data.train_data) == 80, "the datamodule gets its images back"
 
 
-@pytest.mark.parametrize(("engine", "steps"), [({"max_epochs": 2}, 10), ({"max_steps": 3}, 3), ({}, 5)])
+class StepsOfValidation(Callback):
+    """After which training steps thresholds were set."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last = trainer.global_step
+
+
+@pytest.mark.parametrize(
+    ("engine", "steps"), [({"max_epochs": 2}, 10), ({"max_steps": 3}, 3), ({"max_steps": 7}, 7), ({}, 5)]
+)
 def test_a_duration_given_to_the_trainer_goes_first(gravel: Path, tmp_path: Path, engine: dict, steps: int) -> None:
     data = MVTecAD(gravel.parent, gravel.name, train_batch_size=16, num_workers=0)  # 68 images: 5 steps an epoch
-    model = fit(tmp_path, data, engine=engine)
-    assert model.trainer.global_step == steps
+    validation = StepsOfValidation()
+    model = fit(tmp_path, data, engine=engine | {"callbacks": [validation]})
+    assert model.trainer.global_step == validation.last == steps
+    saved = DeCoDiff.load_from_checkpoint(next(tmp_path.rglob("*.ckpt")))
+    assert saved.post_processor.calibrated
+    assert torch.equal(saved.post_processor.image_thresholds, model.post_processor.image_thresholds)
 
 
 def test_broken_images_stop_before_training(gravel: Path, tmp_path: Path) -> None:
