@@ -82,7 +82,7 @@ class Preset:
         """Refuse what no later step would.
 
         Raises:
-            ValueError: If a word is unknown, a level needs features that are not there, or a share is none.
+            ValueError: If a word is unknown, a level needs features that are not there, or a share is out of range.
         """
         words = {"learning_rate_schedule": ("steps", "epochs"), "train_timesteps": ("all", "used")}
         for name, valid in words.items():
