@@ -4,7 +4,8 @@
     L = R( G_1( clip(mean over channels |z - z_0|, 0, c_L) / c_L ) )
 
 ``G`` is a Gaussian blur with half-sample symmetric borders and ``R`` a linear up-scaling whose samples beyond the outer
-pixel centres are mirrored about them.
+pixel centres are mirrored about them. With calibrated fusion the constants ``c`` are replaced by what is normal, see
+:class:`NormalRange`.
 """
 
 from collections.abc import Collection
@@ -12,7 +13,11 @@ from collections.abc import Collection
 import torch
 from anomalib.models.components.filters import GaussianBlur2d
 from anomalib.models.components.filters.blur import compute_kernel_size
+from torch import nn
 
+LEVELS = ("pixel", "latent", "feature")
+HIGH_NORMAL = 0.99
+LEAST = 1e-6  # of a map's values, so that logarithms are finite
 PIXEL_CLIP, PIXEL_SIGMA = 0.4, 3.0
 LATENT_CLIP, LATENT_SIGMA = 0.2, 1.0
 
@@ -71,6 +76,41 @@ def latent_discrepancy(
     """Latent map ``(B, 1, *size)`` of two latents ``(B, C, h, w)``."""
     raw = (a - b).abs().mean(1, keepdim=True)
     return resize_mirrored(gaussian_blur(saturate(raw, clip), sigma), size)
+
+
+class NormalRange(nn.Module):
+    """What values of each level are normal, by category, and by how much others exceed them.
+
+    ``(max(0, log(x / median)) / log(high / median))^2`` of a value ``x``, with the median and a high quantile of normal
+    images: 0 for what is ordinary and 1 at the edge of what is normal, whatever the level's units and spread. Squares,
+    so that in a sum a level that stands out is not drowned by another that has nothing to say.
+
+    Args:
+        num_categories: ``K``; a further row is of all categories together, for images of none.
+    """
+
+    def __init__(self, num_categories: int) -> None:
+        super().__init__()
+        self.median: torch.Tensor
+        self.high: torch.Tensor
+        # until fitted, ranks are kept
+        self.register_buffer("median", torch.full((num_categories + 1, len(LEVELS)), LEAST))
+        self.register_buffer("high", torch.ones(num_categories + 1, len(LEVELS)))
+
+    @torch.no_grad()
+    def fit(self, row: int | slice, level: str, maps: torch.Tensor) -> None:
+        """Take the range of a level from ``maps`` ``(N, 1, H, W)`` of normal images."""
+        values = maps[..., ::4, ::4].flatten().float()
+        median = values.median().clamp_min(LEAST)
+        high = values.kthvalue(max(1, round(HIGH_NORMAL * len(values)))).values
+        self.median[row, LEVELS.index(level)] = median
+        self.high[row, LEVELS.index(level)] = torch.maximum(high, 1.01 * median)
+
+    def forward(self, maps: torch.Tensor, level: str, category: torch.Tensor) -> torch.Tensor:
+        """Excess ``(B, 1, H, W)``, at least 0, of a level's ``maps`` ``(B, 1, H, W)`` of ``category`` ``(B,)``."""
+        column = LEVELS.index(level)
+        median, high = (limit[category, column].view(-1, 1, 1, 1) for limit in (self.median, self.high))
+        return ((torch.maximum(maps, median) / median).log() / (high / median).log()).square()
 
 
 def fuse(*maps: torch.Tensor, weights: Collection[float] | None = None, mode: str = "geometric") -> torch.Tensor:

@@ -669,7 +669,7 @@ class DeCoDiff(AnomalibModule):
         checkpoint["decodiff"] = self._identity()
         unaveraged = checkpoint.get("current_model_state", {})
         for name in unaveraged:
-            if name.startswith(("model.codec.", "model.features.", "model.feature_latents.")):
+            if name.startswith(("model.codec.", "model.features.", "model.feature_latents.", "model.exemplars.")):
                 unaveraged[name] = checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

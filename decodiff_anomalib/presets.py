@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from decodiff_anomalib.discrepancy import LATENT_CLIP, LATENT_SIGMA, PIXEL_CLIP, PIXEL_SIGMA
+from decodiff_anomalib.discrepancy import LATENT_CLIP, LATENT_SIGMA, LEVELS, PIXEL_CLIP, PIXEL_SIGMA
 from decodiff_anomalib.features import PACKAGED_BACKBONE
 
 
@@ -24,15 +24,18 @@ class Preset:
         fresh_per_step: Images of a training batch that get new defects, with ``corruption="defects"``.
         samples_per_step: Samples the denoiser learns from in one step: the fresh ones and recent ones.
         scale_latents: Whether latents are scaled to the training images, see
-            :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit_latents`; features need it.
+            :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit`; features, ``calibrated`` and ``exemplars`` need it.
         levels: The maps that are fused, ``pixel``, ``latent`` or ``feature`` (which needs features), and how much each
-            counts. On normal images the distances of features vary far less than latent discrepancies, in proportion,
-            so that they must count more to weigh as much.
+            counts.
         pixel_clip: Saturation of the pixel map; ``None`` for none.
         latent_clip: Saturation of the latent map; ``None`` for none.
         pixel_sigma: Blur of the pixel map in pixels of the working size.
         latent_sigma: Blur of the latent map in latent pixels; 0 for none.
         fusion: ``geometric`` or ``arithmetic`` mean of the maps.
+        calibrated: Whether the maps that are fused state by how much each level exceeds what is normal, see
+            :class:`decodiff_anomalib.discrepancy.NormalRange`, rather than what it measures.
+        exemplars: Normal images of each category that are kept, to replace in the corrected image what deviates, see
+            :class:`decodiff_anomalib.exemplars.Exemplars`; 0 for none.
         score_share: Share of the map, its highest cells, whose mean is the score of an image; 0 for its maximum.
         train_steps: Optimiser steps, unless the trainer is given a duration.
         warmup_steps: Steps until the full learning rate.
@@ -66,6 +69,8 @@ class Preset:
     pixel_sigma: float = PIXEL_SIGMA
     latent_sigma: float = LATENT_SIGMA
     fusion: Literal["geometric", "arithmetic"] = "geometric"
+    calibrated: bool = False
+    exemplars: int = 0
     score_share: float = 0.0
     train_steps: int = 10_400
     warmup_steps: int = 130
@@ -89,7 +94,7 @@ class Preset:
             if getattr(self, name) not in valid:
                 msg = f"{name}={getattr(self, name)!r} is unknown; valid: {', '.join(valid)}."
                 raise ValueError(msg)
-        available = ("pixel", "latent", "feature") if self.features else ("pixel", "latent")
+        available = self.available_levels
         if not self.levels or set(self.levels) - set(available) or min(self.levels.values()) <= 0:
             msg = (
                 f"levels={self.levels} must be one or more of {', '.join(available)}, each with its weight above 0; "
@@ -99,6 +104,11 @@ class Preset:
         if not 0 <= self.score_share <= 1:
             msg = f"score_share={self.score_share} must be from 0, the map's maximum, to 1, its mean."
             raise ValueError(msg)
+
+    @property
+    def available_levels(self) -> tuple[str, ...]:
+        """Levels there can be."""
+        return tuple(level for level in LEVELS if self.features or level != "feature")
 
 
 BALANCED = Preset(
@@ -110,10 +120,13 @@ BALANCED = Preset(
     train_timesteps="used",
     corruption="defects",
     scale_latents=True,
-    levels={"latent": 1.0, "feature": 8.0},
+    levels={"latent": 1.0, "feature": 2.0},
     pixel_clip=None,
     latent_clip=None,
     latent_sigma=0.0,
+    fusion="arithmetic",
+    calibrated=True,
+    exemplars=12,
     score_share=0.01,
     train_steps=600,
     warmup_steps=50,

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,23 +10,27 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from decodiff_anomalib.calibration import prediction_limit
 from decodiff_anomalib.codec import build_codec
 from decodiff_anomalib.conditioning import CategoryRouter
 from decodiff_anomalib.corruption import corrupt_latents
 from decodiff_anomalib.defects import draw_defects
 from decodiff_anomalib.denoiser import SPATIAL_DIVISOR, FoldedDenoiser, build_denoiser
 from decodiff_anomalib.discrepancy import (
+    NormalRange,
     fuse,
     latent_discrepancy,
     pixel_discrepancy,
     resize_mirrored,
 )
+from decodiff_anomalib.exemplars import Exemplars
 from decodiff_anomalib.features import PACKAGED_BACKBONE, FeatureLatents, VisualFeatures
 from decodiff_anomalib.presets import Preset
 from decodiff_anomalib.replay import Replay
 from decodiff_anomalib.schedule import DeviationSchedule
 
 MIN_LATENT_STD = 0.2
+REPLACED_RATE = 0.1  # of normal images have a cell that the corrected image replaces
 REPLAY_CAPACITY = 512
 
 
@@ -39,7 +43,8 @@ class Inspection(NamedTuple):
         category: Category index ``(B,)``; the number of categories means unknown.
         strangeness: How far the images are from all categories, ``(B,)``, unknown above 1; 0 where they were not asked.
         reconstruction: The images through the codec alone, ``(B, 3, H, W)``, about [-1, 1].
-        correction: What they should have looked like, ``(B, 3, H, W)``, about [-1, 1].
+        correction: What they should have looked like, ``(B, 3, H, W)``, about [-1, 1]: corrected by the denoiser and,
+            where there are exemplars, with what deviates replaced by theirs.
     """
 
     pred_score: torch.Tensor
@@ -98,13 +103,17 @@ class DeCoDiffModel(nn.Module):
             num_inference_steps=preset.num_steps, timestep_spacing=preset.timestep_spacing
         )
         self._timesteps: list[int] = self.schedule.timesteps.tolist()
+        self.normal_range = NormalRange(num_categories) if preset.calibrated else None
+        self.exemplars = Exemplars(preset.exemplars, tuple(image_size), num_categories) if preset.exemplars else None
         self.latent_mean: torch.Tensor
         self.latent_std: torch.Tensor
         self.normal_deviation: torch.Tensor
+        self.cell_thresholds: torch.Tensor
         rows = num_categories + 1
         self.register_buffer("latent_mean", torch.zeros(rows, self.codec.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(rows, self.codec.latent_channels, 1, 1))
         self.register_buffer("normal_deviation", torch.ones(rows, self.codec.latent_channels, 1, 1))
+        self.register_buffer("cell_thresholds", torch.full((rows, 1, 1, 1), math.nan))
         self._replay = Replay(REPLAY_CAPACITY)
 
     @property
@@ -121,7 +130,7 @@ class DeCoDiffModel(nn.Module):
         return self
 
     def forward(self, images: torch.Tensor, category: torch.Tensor | None = None) -> Inspection:
-        """Image -> category, latents -> correction -> reconstruction -> discrepancy -> score.
+        """Image -> category, latents -> correction -> reconstruction -> discrepancy -> score -> corrected image.
 
         Args:
             images: ``(B, 3, H, W)`` in [-1, 1].
@@ -134,16 +143,11 @@ class DeCoDiffModel(nn.Module):
         decoded = self.decode(torch.cat([latents, corrected]), category.repeat(2))
         reconstruction, correction = decoded.unflatten(0, (2, -1)).unbind()
 
-        preset, size = self.preset, images.shape[-2:]
-        before, after = (self._in_normal_deviations(part, category) for part in (latents, corrected))
-        discrepancies = {
-            "pixel": lambda: pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma),
-            "latent": lambda: latent_discrepancy(after, before, size, preset.latent_clip, preset.latent_sigma),
-            "feature": lambda: resize_mirrored(self.feature_latents.novelty(features, category), size),
-        }
-        maps = [discrepancies[level]() for level in preset.levels]
-        anomaly_map = fuse(*maps, weights=preset.levels.values(), mode=preset.fusion)
+        discrepancies = self.discrepancies(latents, corrected, features, category, reconstruction, correction)
+        anomaly_map = self.fuse({level: discrepancies[level]() for level in self.preset.levels}, category)
         pred_score = self.score(anomaly_map)
+        if self.exemplars:
+            correction = self.exemplars(correction, self.deviating(anomaly_map, category), category)
         return Inspection(pred_score, anomaly_map, category, strangeness, reconstruction, correction)
 
     def route(
@@ -187,15 +191,40 @@ class DeCoDiffModel(nn.Module):
         latents = latents[:, : self.codec.latent_channels]
         return self.codec.decode(latents * self.latent_std[category] + self.latent_mean[category])
 
-    def _in_normal_deviations(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """The codec's latents in units of what normal images of the category are corrected by."""
-        return latents[:, : self.codec.latent_channels] / self.normal_deviation[category]
-
     def correct(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Undo deviations from ``latents`` ``(B, C, h, w)``, which are taken as the most deviated state: no noise."""
         for index, timestep in enumerate(self._timesteps):
             latents = self.schedule.step(latents, self.denoiser(latents, timestep, category), index)
         return latents
+
+    def discrepancies(
+        self,
+        latents: torch.Tensor,
+        corrected: torch.Tensor,
+        features: torch.Tensor | None,
+        category: torch.Tensor,
+        reconstruction: torch.Tensor,
+        correction: torch.Tensor,
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        """Maps ``(B, 1, H, W)`` by level, for the asking: which are fused is the preset's matter."""
+        preset, size = self.preset, reconstruction.shape[-2:]
+        before, after = (self._in_normal_deviations(part, category) for part in (latents, corrected))
+        return {
+            "pixel": lambda: pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma),
+            "latent": lambda: latent_discrepancy(after, before, size, preset.latent_clip, preset.latent_sigma),
+            "feature": lambda: resize_mirrored(self.feature_latents.novelty(features, category), size),
+        }
+
+    def _in_normal_deviations(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """The codec's latents in units of what normal images of the category are corrected by."""
+        return latents[:, : self.codec.latent_channels] / self.normal_deviation[category]
+
+    def fuse(self, maps: dict[str, torch.Tensor], category: torch.Tensor) -> torch.Tensor:
+        """Anomaly map ``(B, 1, H, W)`` of the maps of the preset's levels."""
+        if self.normal_range:
+            maps = {level: self.normal_range(values, level, category) for level, values in maps.items()}
+        weights = [self.preset.levels[level] for level in maps]
+        return fuse(*maps.values(), weights=weights, mode=self.preset.fusion)
 
     def score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Score ``(B,)`` of maps ``(B, 1, H, W)``: their maximum, or the mean of the highest cells of the latent grid.
@@ -204,9 +233,21 @@ class DeCoDiffModel(nn.Module):
         """
         if not self.preset.score_share:
             return anomaly_map.amax(dim=(1, 2, 3))
-        cells = F.avg_pool2d(anomaly_map, self.codec.downsample_factor).flatten(1)
+        cells = self._cells(anomaly_map).flatten(1)
         highest = math.ceil(self.preset.score_share * cells.shape[1])
         return cells.topk(highest, dim=1).values.mean(1)
+
+    def _cells(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Maps ``(B, 1, H, W)`` on the latent grid, ``(B, 1, h, w)``."""
+        return F.avg_pool2d(anomaly_map, self.codec.downsample_factor)
+
+    def deviating(self, anomaly_map: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """Which cells ``(B, 1, h, w)`` the corrected image replaces, 1 or 0: high ones, and those that touch them.
+
+        None before thresholds are set.
+        """
+        high = self._cells(anomaly_map) > self.cell_thresholds[category]
+        return F.max_pool2d(high.to(anomaly_map.dtype), 3, stride=1, padding=1)
 
     def folded(self) -> "DeCoDiffModel":
         """A copy for inference alone: what no image changes is worked out, see :class:`FoldedDenoiser`."""
@@ -218,7 +259,7 @@ class DeCoDiffModel(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: torch.Tensor, category: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        """Learn the latent space and the categories of normal training images.
+        """Learn the latent space and the categories of normal training images, and keep some as exemplars.
 
         Where the preset scales latents, each channel gets zero mean and unit variance, category by category: a codec
         serves any picture, the parts of one product use a small range of it. Channels that hardly vary are scaled less,
@@ -241,30 +282,51 @@ class DeCoDiffModel(nn.Module):
             self.router.fit(self.router.pool(features), category)
             if self.feature_latents:
                 self.feature_latents.fit(features, category, generator)
+        if self.exemplars:
+            for row, chosen in self._rows(category):
+                self.exemplars.fit(row, images[chosen])
 
     @torch.no_grad()
     def calibrate(self, images: torch.Tensor, category: torch.Tensor) -> None:
-        """Learn from normal images that were not trained on what correction and strangeness are normal.
+        """Learn from normal images that were not trained on what is normal: strangeness, correction, maps.
 
-        Discrepancies are stated in units of the mean correction of each latent channel, category by category, so that a
-        channel which is always corrected a little drowns no other.
+        Where the preset scales latents, their discrepancies are stated in units of the mean correction of each channel,
+        category by category, so that a channel which is always corrected a little drowns no other; then the maps have
+        their range, and cells of the corrected image are replaced above a threshold.
 
         Args:
             images: ``(N, 3, H, W)`` in [-1, 1].
             category: ``(N,)``.
         """
-        if self.features:
-            cells = torch.cat([self.router.pool(self.features(chunk)) for chunk in images.split(16)])
-            self.router.calibrate(cells, category)
-        if self.preset.scale_latents:
-            corrections = []
-            for chunk, index in zip(images.split(16), category.split(16), strict=True):
-                latents = self.encode(chunk, index)
-                corrections.append((self.correct(latents, index) - latents).abs().mean(dim=(2, 3)))
-            corrections = torch.cat(corrections)[:, : self.codec.latent_channels, None, None]
-            corrections = corrections.clamp_min(torch.finfo(images.dtype).tiny)
-            for row, chosen in self._rows(category):
-                self.normal_deviation[row] = corrections[chosen].mean(0)
+        chunks = list(zip(images.split(16), category.split(16), strict=True))
+        features = [self.features(chunk) if self.features else None for chunk, _ in chunks]
+        if self.router:
+            self.router.calibrate(torch.cat([self.router.pool(part) for part in features]), category)
+        if not self.preset.scale_latents:
+            return
+        latents = [self.encode(*chunk, features=part) for chunk, part in zip(chunks, features, strict=True)]
+        corrected = [self.correct(part, index) for part, (_, index) in zip(latents, chunks, strict=True)]
+        corrections = (torch.cat(corrected) - torch.cat(latents))[:, : self.codec.latent_channels].abs()
+        corrections = corrections.mean(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(images.dtype).tiny)
+        for row, chosen in self._rows(category):
+            self.normal_deviation[row] = corrections[chosen].mean(0)
+        parts = [
+            self.discrepancies(before, after, seen, index, self.decode(before, index), self.decode(after, index))
+            for before, after, seen, (_, index) in zip(latents, corrected, features, chunks, strict=True)
+        ]
+        maps = {level: torch.cat([part[level]() for part in parts]) for level in self.preset.available_levels}
+        self._calibrate_maps(maps, category)
+
+    def _calibrate_maps(self, maps: dict[str, torch.Tensor], category: torch.Tensor) -> None:
+        """Learn the range of ``maps`` of normal images, and above what their fused cells deviate."""
+        if self.normal_range:
+            for level, values in maps.items():
+                for row, chosen in self._rows(category):
+                    self.normal_range.fit(row, level, values[chosen])
+        highest = self._cells(self.fuse({level: maps[level] for level in self.preset.levels}, category)).amax((1, 2, 3))
+        for row, chosen in self._rows(category):
+            if chosen.sum() > 1:
+                self.cell_thresholds[row] = prediction_limit(highest[chosen], REPLACED_RATE)
 
     @staticmethod
     def _rows(category: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

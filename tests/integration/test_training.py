@@ -124,7 +124,7 @@ def test_other_levels_come_without_thresholds(checkpoint: Path, data_root: Path,
     assert model.settings.levels == {"feature": 1.0}
     assert not model.post_processor.calibrated
     unchanged = DeCoDiff.load_from_checkpoint(checkpoint)
-    assert unchanged.settings.levels == {"latent": 1.0, "feature": 8.0}
+    assert unchanged.settings.levels == {"latent": 1.0, "feature": 2.0}
     assert unchanged.post_processor.calibrated
     (batch, *_) = engine.predict(model, data_path=datamodule.test_data.samples.image_path[0])
     assert batch.pred_score[0] > 1  # raw; below 1 it would be in units of a threshold

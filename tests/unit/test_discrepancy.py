@@ -1,9 +1,18 @@
 """Maps by closed forms; recorded maps are in ``tests/parity``."""
 
+import math
+
 import pytest
 import torch
 
-from decodiff_anomalib.discrepancy import fuse, gaussian_blur, latent_discrepancy, pixel_discrepancy, resize_mirrored
+from decodiff_anomalib.discrepancy import (
+    NormalRange,
+    fuse,
+    gaussian_blur,
+    latent_discrepancy,
+    pixel_discrepancy,
+    resize_mirrored,
+)
 
 
 def test_blur_keeps_constants_and_mass() -> None:
@@ -36,3 +45,16 @@ def test_fusion() -> None:
     torch.testing.assert_close(fuse(*maps, weights=(3, 1, 4), mode="arithmetic"), torch.full((1, 1, 2, 2), 21 / 8))
     with pytest.raises(ValueError, match="valid: 'geometric', 'arithmetic'"):
         fuse(*maps, mode="maximum")
+
+
+def test_excess_over_what_is_normal() -> None:
+    """Of values whose logarithms are even, the median is 1 and the 99th percentile exp(0.98)."""
+    normal = torch.linspace(-1, 1, 10_001).exp()
+    normal_range = NormalRange(num_categories=2)
+    normal_range.fit(1, "latent", normal.view(1, 1, 1, -1).repeat_interleave(4, -1).repeat(1, 1, 4, 1))
+    values = torch.tensor([0.1, 1, math.exp(0.49), math.exp(0.98), math.exp(2.94)]).view(1, 1, 1, -1)
+    excess = normal_range(values.expand(2, -1, -1, -1), "latent", torch.tensor([1, 0]))
+    torch.testing.assert_close(excess[0, 0, 0], torch.tensor([0, 0, 0.25, 1, 9]), atol=2e-3, rtol=0)
+    assert (excess[1, 0, 0].diff() > 0).all()  # of a category that no normal images were seen of: ranks alone
+    normal_range.fit(slice(None), "pixel", torch.zeros(1, 1, 8, 8))  # nothing ever differs
+    assert normal_range(values, "pixel", torch.tensor([0])).isfinite().all()

@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from decodiff_anomalib import DeCoDiff
+from decodiff_anomalib.calibration import prediction_limit
+from decodiff_anomalib.discrepancy import resize_mirrored
 from decodiff_anomalib.presets import PRESETS
-from decodiff_anomalib.torch_model import DeCoDiffModel
+from decodiff_anomalib.torch_model import REPLACED_RATE, DeCoDiffModel
 
 PLAIN = replace(PRESETS["balanced"], features=None, levels={"pixel": 1.0, "latent": 1.0}, num_steps=3)
 
@@ -138,22 +141,48 @@ def test_an_image_is_treated_as_the_category_that_is_inferred_from_it(conditione
 
 
 def test_levels_are_fused_by_their_weights(conditioned) -> None:
-    """A level alone is its map, and the default is (L · N⁸)^(1/9), with the novelty of features ``N``."""
+    """A level alone is its excess over what is normal, and the default is (L + 2 N) / 3 of these."""
     model, images, category = conditioned
     default, maps = model.preset, {}
     try:
         for level in ("pixel", "latent", "feature"):
-            model.preset = replace(default, levels={level: 2.0})
+            model.preset = replace(default, levels={level: 3.0})
             maps[level] = model(images, category).anomaly_map
-        model.preset = default
-        found = model(images, category).anomaly_map
     finally:
         model.preset = default
-    assert default.levels == {"latent": 1.0, "feature": 8.0}
-    torch.testing.assert_close(found, (maps["latent"] * maps["feature"] ** 8) ** (1 / 9), rtol=1e-4, atol=1e-5)
-    novelty = model.feature_latents.novelty(model.features(images), category)
-    torch.testing.assert_close(maps["feature"][:, :, 4::8, 4::8].mean(), novelty.mean(), rtol=0.1, atol=0)
+    assert default.levels == {"latent": 1.0, "feature": 2.0}
+    found = model(images, category).anomaly_map
+    torch.testing.assert_close(found, (maps["latent"] + 2 * maps["feature"]) / 3, rtol=1e-4, atol=1e-5)
+    novelty = resize_mirrored(model.feature_latents.novelty(model.features(images), category), images.shape[-2:])
+    torch.testing.assert_close(maps["feature"], model.normal_range(novelty, "feature", category))
     assert (maps["pixel"] - maps["latent"]).abs().max() > 0.1
+
+
+def test_the_range_of_maps_and_the_threshold_of_cells_are_those_of_held_out_normal_images(conditioned) -> None:
+    model, images, category = conditioned
+    held_out = [0, 1, 8, 9, 16, 17]
+    images, category = images[held_out], category[held_out]
+    novelty = resize_mirrored(model.feature_latents.novelty(model.features(images), category), images.shape[-2:])
+    cells = F.avg_pool2d(model(images, category).anomaly_map, 8)
+    for index in range(3):
+        own = novelty[category == index][..., ::4, ::4]
+        torch.testing.assert_close(model.normal_range.median[index, 2], own.median())
+        assert model.normal_range.high[index, 2] == pytest.approx(own.quantile(0.99).item(), rel=0.01)
+        limit = prediction_limit(cells[category == index].amax((1, 2, 3)), REPLACED_RATE)
+        assert model.cell_thresholds[index].item() == pytest.approx(limit.item(), rel=1e-4)
+
+
+def test_the_corrected_image_takes_what_deviates_from_normal_images(conditioned) -> None:
+    model, images, category = conditioned
+    defective = images[:1].clone()
+    defective[:, :, 24:40, 40:56] = torch.tensor([0.9, -0.9, 0.9]).view(3, 1, 1)
+    seen = model(defective, category[:1])
+    replaced = model.deviating(seen.anomaly_map, category[:1])
+    assert replaced[0, 0, 3:5, 5:7].min() == 1
+    assert (seen.correction - images[:1])[:, :, 26:38, 42:54].abs().mean() < 0.2
+    assert (seen.reconstruction - images[:1])[:, :, 26:38, 42:54].abs().mean() > 0.8
+    uncalibrated = torch.full_like(model.cell_thresholds, torch.nan)
+    assert not (seen.anomaly_map > uncalibrated[category[:1]]).any()
 
 
 @pytest.mark.parametrize("levels", [{}, {"image": 1.0}, {"latent": 0.0}, {"feature": 1.0}])

@@ -1,0 +1,109 @@
+"""What a defective place should have looked like, where least squares can only say what it looks like on average.
+
+A denoiser that learnt to minimise the squared error fades a defect towards the mean of all that could be there. Here
+the content comes from a normal training image whose surroundings fit: the paper's second corruption read backwards,
+where patches from elsewhere do not make a deviation but undo it. Maps and scores know nothing of it, only the picture.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+POSITION = 4  # pixels
+REACH = 8  # positions an exemplar may be shifted by, in each direction
+SHIFTS = 2 * REACH + 1
+
+
+class Exemplars(nn.Module):
+    """Some normal images of each category, from which the corrected image takes what deviating places should be.
+
+    Args:
+        count: Images of each category.
+        image_size: Their height and width.
+        num_categories: ``K``; a further row is of all categories together, for images of none.
+    """
+
+    def __init__(self, count: int, image_size: tuple[int, int], num_categories: int) -> None:
+        super().__init__()
+        rows, (height, width) = num_categories + 1, image_size
+        self.images: torch.Tensor
+        self.coarse: torch.Tensor
+        self.register_buffer("images", torch.zeros(rows, count, 3, height, width, dtype=torch.uint8))
+        coarse = torch.zeros(rows * count, 4, height // POSITION, width // POSITION)
+        self.register_buffer("coarse", coarse, persistent=False)
+
+    @torch.no_grad()
+    def fit(self, row: int | slice, images: torch.Tensor) -> None:
+        """Keep ``images`` ``(N, 3, H, W)`` in [-1, 1], evenly spread over all given; some twice where they are few."""
+        count = self.images.shape[1]
+        chosen = torch.arange(count) * len(images) // count
+        self.images[row] = ((images[chosen] + 1) * 127.5).round().clamp(0, 255).byte()
+        self._look_closer()
+
+    def _look_closer(self) -> None:
+        """Prepare what the search compares: exemplars ``e`` of few pixels as ``(-2 e, |e|^2)``."""
+        for row, images in enumerate(self.images):
+            coarse = F.avg_pool2d(_as_floats(images), POSITION)
+            prepared = torch.cat([-2 * coarse, coarse.square().sum(1, keepdim=True)], 1)
+            self.coarse[row * len(images) : (row + 1) * len(images)] = prepared
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._look_closer()
+
+    def forward(self, images: torch.Tensor, deviating: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """Images ``(B, 3, H, W)`` with what deviates replaced by the exemplar that fits best around it.
+
+        It fits where the squared difference around all cells that deviate is least, over the exemplars of the category
+        and their shifts. It is made as bright as the surroundings.
+
+        Args:
+            images: ``(B, 3, H, W)``, about [-1, 1].
+            deviating: Which cells are to be replaced, ``(B, 1, h, w)``, 0 or 1.
+            category: ``(B,)``, whose exemplars may serve.
+        """
+        size = images.shape[-2:]
+        around = F.max_pool2d(deviating, 5, stride=1, padding=2) - deviating
+        exemplars, known = self._best_fit(F.avg_pool2d(images, POSITION), deviating, around, category)
+        around = F.interpolate(around, size=size) * known
+        area = around.sum((2, 3), keepdim=True).clamp_min(1)
+        exemplars = exemplars + (around * (images - exemplars)).sum((2, 3), keepdim=True) / area
+        return images + F.interpolate(deviating, size=size, mode="bilinear") * (exemplars - images)
+
+    def _best_fit(
+        self, coarse: torch.Tensor, deviating: torch.Tensor, around: torch.Tensor, category: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shifted exemplars ``(B, 3, H, W)`` in [-1, 1] for ``coarse`` images ``(B, 3, H/4, W/4)``, and where they are.
+
+        Where they are not, beyond the exemplar's edge, the second ``(B, 1, H, W)`` is 0.
+        """
+        size = coarse.shape[-2:]
+        deviating, around = (F.interpolate(cells, size=size) for cells in (deviating, around))
+        # the mean of (x - e)^2 where the surroundings lie on the exemplar, at every shift
+        products = F.conv2d(F.pad(torch.cat([around * coarse, around], 1), (REACH,) * 4), self.coarse)
+        energy = around * coarse.square().sum(1, keepdim=True)
+        shares = F.pad(torch.cat([energy, around, deviating], 1), (REACH,) * 4)
+        energy, overlap, covered = F.avg_pool2d(shares, size, stride=1).split(1, 1)
+        difference = (products / coarse[0, 0].numel() + energy) / overlap.clamp_min(1e-6)
+        missing = deviating.mean((2, 3), keepdim=True) - covered  # beyond the exemplar's edge there is nothing to take
+        difference = difference + 1e3 * (missing > 1e-6)
+
+        rows, count = self.images.shape[:2]
+        difference = difference.unflatten(1, (rows, count))
+        own = difference.gather(1, category.view(-1, 1, 1, 1, 1).expand_as(difference[:, :1]))
+        best = own.flatten(1).argmin(1)
+        best, column = best // SHIFTS, best % SHIFTS
+        best, line = best // SHIFTS, best % SHIFTS
+        chosen, known = self.images[category, best], 1
+        for dim, shift in ((2, line), (3, column)):
+            length = chosen.shape[dim]
+            source = torch.arange(length, device=shift.device) - (shift[:, None] - REACH) * POSITION
+            source = source.unflatten(1, (1, length, 1) if dim == 2 else (1, 1, length))
+            within = source.clamp(0, length - 1)
+            chosen, known = chosen.gather(dim, within.expand_as(chosen)), known * (source == within)
+        return _as_floats(chosen), known
+
+
+def _as_floats(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] of bytes."""
+    return images.float() / 127.5 - 1
