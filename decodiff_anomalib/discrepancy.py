@@ -98,7 +98,7 @@ class NormalRange(nn.Module):
         self.register_buffer("high", torch.ones(num_categories + 1, len(LEVELS)))
 
     @torch.no_grad()
-    def fit(self, row: int | slice, level: str, maps: torch.Tensor) -> None:
+    def fit(self, row: int, level: str, maps: torch.Tensor) -> None:
         """Take the range of a level from ``maps`` ``(N, 1, H, W)`` of normal images."""
         values = maps[..., ::4, ::4].flatten().float()
         median = values.median().clamp_min(LEAST)

@@ -5,10 +5,15 @@ the content comes from a normal training image whose surroundings fit: the paper
 where patches from elsewhere do not make a deviation but undo it. Maps and scores know nothing of it, only the picture.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from decodiff_anomalib.calibration import prediction_limit
+
+REPLACED_RATE = 0.1  # of normal images have a cell that is replaced
 POSITION = 4  # pixels
 REACH = 8  # positions an exemplar may be shifted by, in each direction
 SHIFTS = 2 * REACH + 1
@@ -28,28 +33,44 @@ class Exemplars(nn.Module):
         rows, (height, width) = num_categories + 1, image_size
         self.images: torch.Tensor
         self.coarse: torch.Tensor
+        self.cell_thresholds: torch.Tensor
         self.register_buffer("images", torch.zeros(rows, count, 3, height, width, dtype=torch.uint8))
         coarse = torch.zeros(rows * count, 4, height // POSITION, width // POSITION)
         self.register_buffer("coarse", coarse, persistent=False)
+        self.register_buffer("cell_thresholds", torch.full((rows, 1, 1, 1), math.nan))
 
     @torch.no_grad()
-    def fit(self, row: int | slice, images: torch.Tensor) -> None:
+    def fit(self, row: int, images: torch.Tensor) -> None:
         """Keep ``images`` ``(N, 3, H, W)`` in [-1, 1], evenly spread over all given; some twice where they are few."""
         count = self.images.shape[1]
         chosen = torch.arange(count) * len(images) // count
         self.images[row] = ((images[chosen] + 1) * 127.5).round().clamp(0, 255).byte()
-        self._look_closer()
+        self._prepare(row)
 
-    def _look_closer(self) -> None:
-        """Prepare what the search compares: exemplars ``e`` of few pixels as ``(-2 e, |e|^2)``."""
-        for row, images in enumerate(self.images):
-            coarse = F.avg_pool2d(_as_floats(images), POSITION)
-            prepared = torch.cat([-2 * coarse, coarse.square().sum(1, keepdim=True)], 1)
-            self.coarse[row * len(images) : (row + 1) * len(images)] = prepared
+    def _prepare(self, row: int) -> None:
+        """Set what the search compares: exemplars ``e`` of few pixels as ``(-2 e, |e|^2)``."""
+        coarse = F.avg_pool2d(_as_floats(self.images[row]), POSITION)
+        of_row = self.coarse.unflatten(0, self.images.shape[:2])[row]
+        of_row.copy_(torch.cat([-2 * coarse, coarse.square().sum(1, keepdim=True)], 1))
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._look_closer()
+        for row in range(len(self.images)):
+            self._prepare(row)
+
+    @torch.no_grad()
+    def calibrate(self, row: int, cells: torch.Tensor) -> None:
+        """Set the threshold above which cells deviate from ``cells`` ``(N, 1, h, w)`` of maps of normal images."""
+        if len(cells) > 1:
+            self.cell_thresholds[row] = prediction_limit(cells.amax((1, 2, 3)), REPLACED_RATE)
+
+    def deviating(self, cells: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """Which ``cells`` ``(B, 1, h, w)`` of maps deviate, 1 or 0: high ones and those that touch them.
+
+        None do before :meth:`calibrate`.
+        """
+        high = cells > self.cell_thresholds[category]
+        return F.max_pool2d(high.to(cells.dtype), 3, stride=1, padding=1)
 
     def forward(self, images: torch.Tensor, deviating: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Images ``(B, 3, H, W)`` with what deviates replaced by the exemplar that fits best around it.

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from decodiff_anomalib.calibration import prediction_limit
 from decodiff_anomalib.codec import build_codec
 from decodiff_anomalib.conditioning import CategoryRouter
 from decodiff_anomalib.corruption import corrupt_latents
@@ -30,7 +29,6 @@ from decodiff_anomalib.replay import Replay
 from decodiff_anomalib.schedule import DeviationSchedule
 
 MIN_LATENT_STD = 0.2
-REPLACED_RATE = 0.1  # of normal images have a cell that the corrected image replaces
 REPLAY_CAPACITY = 512
 
 
@@ -108,12 +106,10 @@ class DeCoDiffModel(nn.Module):
         self.latent_mean: torch.Tensor
         self.latent_std: torch.Tensor
         self.normal_deviation: torch.Tensor
-        self.cell_thresholds: torch.Tensor
         rows = num_categories + 1
         self.register_buffer("latent_mean", torch.zeros(rows, self.codec.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(rows, self.codec.latent_channels, 1, 1))
         self.register_buffer("normal_deviation", torch.ones(rows, self.codec.latent_channels, 1, 1))
-        self.register_buffer("cell_thresholds", torch.full((rows, 1, 1, 1), math.nan))
         self._replay = Replay(REPLAY_CAPACITY)
 
     @property
@@ -147,7 +143,8 @@ class DeCoDiffModel(nn.Module):
         anomaly_map = self.fuse({level: discrepancies[level]() for level in self.preset.levels}, category)
         pred_score = self.score(anomaly_map)
         if self.exemplars:
-            correction = self.exemplars(correction, self.deviating(anomaly_map, category), category)
+            deviating = self.exemplars.deviating(self._cells(anomaly_map), category)
+            correction = self.exemplars(correction, deviating, category)
         return Inspection(pred_score, anomaly_map, category, strangeness, reconstruction, correction)
 
     def route(
@@ -241,14 +238,6 @@ class DeCoDiffModel(nn.Module):
         """Maps ``(B, 1, H, W)`` on the latent grid, ``(B, 1, h, w)``."""
         return F.avg_pool2d(anomaly_map, self.codec.downsample_factor)
 
-    def deviating(self, anomaly_map: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Which cells ``(B, 1, h, w)`` the corrected image replaces, 1 or 0: high ones, and those that touch them.
-
-        None before thresholds are set.
-        """
-        high = self._cells(anomaly_map) > self.cell_thresholds[category]
-        return F.max_pool2d(high.to(anomaly_map.dtype), 3, stride=1, padding=1)
-
     def folded(self) -> "DeCoDiffModel":
         """A copy for inference alone: what no image changes is worked out, see :class:`FoldedDenoiser`."""
         folded = copy.deepcopy(self, {id(self._replay): None})
@@ -323,10 +312,10 @@ class DeCoDiffModel(nn.Module):
             for level, values in maps.items():
                 for row, chosen in self._rows(category):
                     self.normal_range.fit(row, level, values[chosen])
-        highest = self._cells(self.fuse({level: maps[level] for level in self.preset.levels}, category)).amax((1, 2, 3))
-        for row, chosen in self._rows(category):
-            if chosen.sum() > 1:
-                self.cell_thresholds[row] = prediction_limit(highest[chosen], REPLACED_RATE)
+        if self.exemplars:
+            cells = self._cells(self.fuse({level: maps[level] for level in self.preset.levels}, category))
+            for row, chosen in self._rows(category):
+                self.exemplars.calibrate(row, cells[chosen])
 
     @staticmethod
     def _rows(category: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

@@ -10,8 +10,9 @@ from torch.nn import functional as F  # noqa: N812
 from decodiff_anomalib import DeCoDiff
 from decodiff_anomalib.calibration import prediction_limit
 from decodiff_anomalib.discrepancy import resize_mirrored
+from decodiff_anomalib.exemplars import REPLACED_RATE, Exemplars
 from decodiff_anomalib.presets import PRESETS
-from decodiff_anomalib.torch_model import REPLACED_RATE, DeCoDiffModel
+from decodiff_anomalib.torch_model import DeCoDiffModel
 
 PLAIN = replace(PRESETS["balanced"], features=None, levels={"pixel": 1.0, "latent": 1.0}, num_steps=3)
 
@@ -169,7 +170,7 @@ def test_the_range_of_maps_and_the_threshold_of_cells_are_those_of_held_out_norm
         torch.testing.assert_close(model.normal_range.median[index, 2], own.median())
         assert model.normal_range.high[index, 2] == pytest.approx(own.quantile(0.99).item(), rel=0.01)
         limit = prediction_limit(cells[category == index].amax((1, 2, 3)), REPLACED_RATE)
-        assert model.cell_thresholds[index].item() == pytest.approx(limit.item(), rel=1e-4)
+        assert model.exemplars.cell_thresholds[index].item() == pytest.approx(limit.item(), rel=1e-4)
 
 
 def test_the_corrected_image_takes_what_deviates_from_normal_images(conditioned) -> None:
@@ -177,12 +178,11 @@ def test_the_corrected_image_takes_what_deviates_from_normal_images(conditioned)
     defective = images[:1].clone()
     defective[:, :, 24:40, 40:56] = torch.tensor([0.9, -0.9, 0.9]).view(3, 1, 1)
     seen = model(defective, category[:1])
-    replaced = model.deviating(seen.anomaly_map, category[:1])
-    assert replaced[0, 0, 3:5, 5:7].min() == 1
+    cells = F.avg_pool2d(seen.anomaly_map, 8)
+    assert model.exemplars.deviating(cells, category[:1])[0, 0, 3:5, 5:7].min() == 1
     assert (seen.correction - images[:1])[:, :, 26:38, 42:54].abs().mean() < 0.2
     assert (seen.reconstruction - images[:1])[:, :, 26:38, 42:54].abs().mean() > 0.8
-    uncalibrated = torch.full_like(model.cell_thresholds, torch.nan)
-    assert not (seen.anomaly_map > uncalibrated[category[:1]]).any()
+    assert Exemplars(1, (64, 96), num_categories=3).deviating(cells, category[:1]).sum() == 0  # not calibrated
 
 
 @pytest.mark.parametrize("levels", [{}, {"image": 1.0}, {"latent": 0.0}, {"feature": 1.0}])
