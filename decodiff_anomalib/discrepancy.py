@@ -81,9 +81,10 @@ def latent_discrepancy(
 class NormalRange(nn.Module):
     """What values of each level are normal, by category, and by how much others exceed them.
 
-    ``(max(0, log(x / median)) / log(high / median))^2`` of a value ``x``, with the median and a high quantile of normal
-    images: 0 for what is ordinary and 1 at the edge of what is normal, whatever the level's units and spread. Squares,
-    so that in a sum a level that stands out is not drowned by another that has nothing to say.
+    ``1 + (max(0, log(x / median)) / log(high / median))^2`` of a value ``x``, with the median and a high quantile of
+    normal images: 1 for what is ordinary and 2 at the edge of what is normal, whatever the level's units and spread.
+    Squares, so that in a mean a level that stands out is not drowned by another that has nothing to say; from 1, so
+    that logarithms of normal values, on which thresholds rest, are close together.
 
     Args:
         num_categories: ``K``; a further row is of all categories together, for images of none.
@@ -107,10 +108,10 @@ class NormalRange(nn.Module):
         self.high[row, LEVELS.index(level)] = torch.maximum(high, 1.01 * median)
 
     def forward(self, maps: torch.Tensor, level: str, category: torch.Tensor) -> torch.Tensor:
-        """Excess ``(B, 1, H, W)``, at least 0, of a level's ``maps`` ``(B, 1, H, W)`` of ``category`` ``(B,)``."""
+        """Excess ``(B, 1, H, W)``, at least 1, of a level's ``maps`` ``(B, 1, H, W)`` of ``category`` ``(B,)``."""
         column = LEVELS.index(level)
         median, high = (limit[category, column].view(-1, 1, 1, 1) for limit in (self.median, self.high))
-        return ((torch.maximum(maps, median) / median).log() / (high / median).log()).square()
+        return 1 + ((torch.maximum(maps, median) / median).log() / (high / median).log()).square()
 
 
 def fuse(*maps: torch.Tensor, weights: Collection[float] | None = None, mode: str = "geometric") -> torch.Tensor:
