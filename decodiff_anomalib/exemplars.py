@@ -76,20 +76,21 @@ class Exemplars(nn.Module):
         """Images ``(B, 3, H, W)`` with what deviates replaced by the exemplar that fits best around it.
 
         It fits where the squared difference around all cells that deviate is least, over the exemplars of the category
-        and their shifts. It is made as bright as the surroundings.
+        and their shifts. It is made as bright as the surroundings, by the median of the difference: where an exemplar
+        fits badly, it is not the brightness alone that differs.
 
         Args:
             images: ``(B, 3, H, W)``, about [-1, 1].
             deviating: Which cells are to be replaced, ``(B, 1, h, w)``, 0 or 1.
             category: ``(B,)``, whose exemplars may serve.
         """
-        size = images.shape[-2:]
         around = F.max_pool2d(deviating, 5, stride=1, padding=2) - deviating
-        exemplars, known = self._best_fit(F.avg_pool2d(images, POSITION), deviating, around, category)
-        around = F.interpolate(around, size=size) * known
-        area = around.sum((2, 3), keepdim=True).clamp_min(1)
-        exemplars = exemplars + (around * (images - exemplars)).sum((2, 3), keepdim=True) / area
-        return images + F.interpolate(deviating, size=size, mode="bilinear") * (exemplars - images)
+        coarse = F.avg_pool2d(images, POSITION)
+        exemplars, known = self._best_fit(coarse, deviating, around, category)
+        around = F.interpolate(around, size=coarse.shape[-2:]) * F.avg_pool2d(known, POSITION) > 0
+        brighter = _median(coarse - F.avg_pool2d(exemplars, POSITION), around)
+        weight = F.interpolate(deviating, size=images.shape[-2:], mode="bilinear")
+        return images + weight * (exemplars + brighter - images)
 
     def _best_fit(
         self, coarse: torch.Tensor, deviating: torch.Tensor, around: torch.Tensor, category: torch.Tensor
@@ -122,7 +123,15 @@ class Exemplars(nn.Module):
             source = source.unflatten(1, (1, length, 1) if dim == 2 else (1, 1, length))
             within = source.clamp(0, length - 1)
             chosen, known = chosen.gather(dim, within.expand_as(chosen)), known * (source == within)
-        return _as_floats(chosen), known
+        return _as_floats(chosen), known.to(coarse.dtype)
+
+
+def _median(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Lower median ``(B, C, 1, 1)`` of ``values`` ``(B, C, h, w)`` where ``where`` ``(B, 1, h, w)``; 0 if nowhere."""
+    count = where.flatten(1).sum(1)
+    ordered = torch.where(where, values, 1e6).flatten(2).sort(2).values
+    middle = ((count - 1).clamp_min(0) // 2).view(-1, 1, 1).expand(-1, values.shape[1], 1)
+    return (ordered.gather(2, middle) * (count > 0).view(-1, 1, 1))[..., None]
 
 
 def _as_floats(images: torch.Tensor) -> torch.Tensor:

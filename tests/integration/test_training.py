@@ -81,6 +81,29 @@ def test_every_test_image_has_a_picture_with_its_correction(run: Path) -> None:
     assert width == 5 * height  # image, mask, two overlays, correction
 
 
+def test_corrected_images_show_no_defect_and_normal_ones_stay(checkpoint: Path, data_root: Path) -> None:
+    """Inspected anew, a corrected image scores as low as it can be told apart from normal ones, its defect repaired."""
+    model = DeCoDiff.load_from_checkpoint(checkpoint).eval()
+    datamodule = DemoTextures(root=data_root)
+    datamodule.prepare_data()
+    datamodule.setup()
+    items = list(datamodule.test_data)
+    prepared = model.pre_processor(torch.stack([item.image for item in items]))
+    defective = torch.tensor([bool(item.gt_label) for item in items])
+    masks = torch.stack([item.gt_mask for item in items])[:, None]
+    with torch.no_grad():
+        seen = [model.model(chunk) for chunk in prepared.split(16)]
+        again = [model.model(part.correction.clamp(-1, 1)) for part in seen]
+    change = torch.cat([(part.correction - part.reconstruction).abs().mean(1, keepdim=True) for part in seen]) * 127.5
+    before, after = (torch.cat([part.pred_score for part in parts]) for parts in (seen, again))
+    assert change[~defective].mean() < 5  # grey levels
+    assert change[masks].mean() > 5 * change[~defective].mean()
+    threshold = model.post_processor.image_thresholds[0]
+    found = defective & (before > threshold)
+    assert found.sum() > 10
+    assert (after[found] > threshold).float().mean() < 0.2
+
+
 def scores(engine: Engine, datamodule: DemoTextures, **arguments) -> dict[str, torch.Tensor]:
     batches = engine.predict(datamodule=datamodule, **arguments)
     return {
