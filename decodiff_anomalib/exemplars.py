@@ -90,7 +90,7 @@ class Exemplars(nn.Module):
         around = F.interpolate(around, size=coarse.shape[-2:]) * F.avg_pool2d(known, POSITION) > 0
         brighter = _median(coarse - F.avg_pool2d(exemplars, POSITION), around)
         weight = F.interpolate(deviating, size=images.shape[-2:], mode="bilinear")
-        return images + weight * (exemplars + brighter - images)
+        return images + weight * ((exemplars + brighter).clamp(-1, 1) - images)
 
     def _best_fit(
         self, coarse: torch.Tensor, deviating: torch.Tensor, around: torch.Tensor, category: torch.Tensor

@@ -60,6 +60,12 @@ def test_several_defects_and_images_at_once(scenes, exemplars) -> None:
     assert torch.equal(found[1], truths[1])  # in which nothing deviates
 
 
+def test_what_takes_the_place_of_a_defect_is_a_picture(exemplars) -> None:
+    """However unlike the exemplars an image is, nothing is brighter than white."""
+    white = torch.ones(1, 3, *SIZE)
+    assert exemplars(white, on((slice(5, 7), slice(7, 11))), torch.tensor([0])).max() == 1
+
+
 def test_other_categories_lend_nothing(scenes, exemplars) -> None:
     truth = seen_from(scenes[0], 0, 0)
     found = exemplars(truth, on((slice(5, 7), slice(7, 11))), torch.tensor([1]))
