@@ -14,8 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 from decodiff_anomalib.calibration import prediction_limit
 
 REPLACED_RATE = 0.1  # of normal images have a cell that is replaced
-POSITION = 4  # pixels
-REACH = 8  # positions an exemplar may be shifted by, in each direction
+STRIDE = 4  # pixels between the positions that are compared
+REACH = 8  # strides that an exemplar may be shifted by, in each direction
 SHIFTS = 2 * REACH + 1
 
 
@@ -35,7 +35,7 @@ class Exemplars(nn.Module):
         self.coarse: torch.Tensor
         self.cell_thresholds: torch.Tensor
         self.register_buffer("images", torch.zeros(rows, count, 3, height, width, dtype=torch.uint8))
-        coarse = torch.zeros(rows * count, 4, height // POSITION, width // POSITION)
+        coarse = torch.zeros(rows * count, 4, height // STRIDE, width // STRIDE)
         self.register_buffer("coarse", coarse, persistent=False)
         self.register_buffer("cell_thresholds", torch.full((rows, 1, 1, 1), math.nan))
 
@@ -49,7 +49,7 @@ class Exemplars(nn.Module):
 
     def _prepare(self, row: int) -> None:
         """Set what the search compares: exemplars ``e`` of few pixels as ``(-2 e, |e|^2)``."""
-        coarse = F.avg_pool2d(_as_floats(self.images[row]), POSITION)
+        coarse = F.avg_pool2d(_as_floats(self.images[row]), STRIDE)
         of_row = self.coarse.unflatten(0, self.images.shape[:2])[row]
         of_row.copy_(torch.cat([-2 * coarse, coarse.square().sum(1, keepdim=True)], 1))
 
@@ -84,30 +84,29 @@ class Exemplars(nn.Module):
             deviating: Which cells are to be replaced, ``(B, 1, h, w)``, 0 or 1.
             category: ``(B,)``, whose exemplars may serve.
         """
+        coarse = F.avg_pool2d(images, STRIDE)
         around = F.max_pool2d(deviating, 5, stride=1, padding=2) - deviating
-        coarse = F.avg_pool2d(images, POSITION)
-        exemplars, known = self._best_fit(coarse, deviating, around, category)
-        around = F.interpolate(around, size=coarse.shape[-2:]) * F.avg_pool2d(known, POSITION) > 0
-        brighter = _median(coarse - F.avg_pool2d(exemplars, POSITION), around)
+        hidden, around = (F.interpolate(cells, size=coarse.shape[-2:]) for cells in (deviating, around))
+        exemplars, known = self._best_fit(coarse, hidden, around, category)
+        brighter = _median(coarse - F.avg_pool2d(exemplars, STRIDE), around * F.avg_pool2d(known, STRIDE) > 0)
         weight = F.interpolate(deviating, size=images.shape[-2:], mode="bilinear")
         return images + weight * ((exemplars + brighter).clamp(-1, 1) - images)
 
     def _best_fit(
-        self, coarse: torch.Tensor, deviating: torch.Tensor, around: torch.Tensor, category: torch.Tensor
+        self, coarse: torch.Tensor, hidden: torch.Tensor, around: torch.Tensor, category: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shifted exemplars ``(B, 3, H, W)`` in [-1, 1] for ``coarse`` images ``(B, 3, H/4, W/4)``, and where they are.
 
-        Where they are not, beyond the exemplar's edge, the second ``(B, 1, H, W)`` is 0.
+        Where they are not, beyond the exemplar's edge, the second ``(B, 1, H, W)`` is 0. ``hidden`` and ``around``
+        ``(B, 1, H/4, W/4)`` are 1 where something is to be replaced, and where the exemplars are to fit.
         """
-        size = coarse.shape[-2:]
-        deviating, around = (F.interpolate(cells, size=size) for cells in (deviating, around))
         # the mean of (x - e)^2 where the surroundings lie on the exemplar, at every shift
         products = F.conv2d(F.pad(torch.cat([around * coarse, around], 1), (REACH,) * 4), self.coarse)
         energy = around * coarse.square().sum(1, keepdim=True)
-        shares = F.pad(torch.cat([energy, around, deviating], 1), (REACH,) * 4)
-        energy, overlap, covered = F.avg_pool2d(shares, size, stride=1).split(1, 1)
+        shares = F.pad(torch.cat([energy, around, hidden], 1), (REACH,) * 4)
+        energy, overlap, covered = F.avg_pool2d(shares, coarse.shape[-2:], stride=1).split(1, 1)
         difference = (products / coarse[0, 0].numel() + energy) / overlap.clamp_min(1e-6)
-        missing = deviating.mean((2, 3), keepdim=True) - covered  # beyond the exemplar's edge there is nothing to take
+        missing = hidden.mean((2, 3), keepdim=True) - covered  # beyond the exemplar's edge there is nothing to take
         difference = difference + 1e3 * (missing > 1e-6)
 
         rows, count = self.images.shape[:2]
@@ -119,7 +118,7 @@ class Exemplars(nn.Module):
         chosen, known = self.images[category, best], 1
         for dim, shift in ((2, line), (3, column)):
             length = chosen.shape[dim]
-            source = torch.arange(length, device=shift.device) - (shift[:, None] - REACH) * POSITION
+            source = torch.arange(length, device=shift.device) - (shift[:, None] - REACH) * STRIDE
             source = source.unflatten(1, (1, length, 1) if dim == 2 else (1, 1, length))
             within = source.clamp(0, length - 1)
             chosen, known = chosen.gather(dim, within.expand_as(chosen)), known * (source == within)

@@ -87,7 +87,7 @@ class Preset:
         """Refuse what no later step would.
 
         Raises:
-            ValueError: If a word is unknown, a level needs features that are not there, or a share is out of range.
+            ValueError: If a word is unknown, settings exclude each other, or a number is out of range.
         """
         words = {"learning_rate_schedule": ("steps", "epochs"), "train_timesteps": ("all", "used")}
         for name, valid in words.items():
@@ -103,6 +103,15 @@ class Preset:
             raise ValueError(msg)
         if not 0 <= self.score_share <= 1:
             msg = f"score_share={self.score_share} must be from 0, the map's maximum, to 1, its mean."
+            raise ValueError(msg)
+        if self.exemplars < 0:
+            msg = f"exemplars={self.exemplars} must be at least 0, for none."
+            raise ValueError(msg)
+        if not self.scale_latents and (self.calibrated or self.exemplars):
+            msg = (
+                f"calibrated={self.calibrated} and exemplars={self.exemplars} are learnt with the scale of latents; "
+                "scale_latents=False needs calibrated=False and exemplars=0."
+            )
             raise ValueError(msg)
 
     @property

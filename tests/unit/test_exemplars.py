@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decodiff_anomalib.exemplars import POSITION, REACH, Exemplars
+from decodiff_anomalib.exemplars import REACH, STRIDE, Exemplars
 
 SIZE = (96, 128)
 
@@ -34,7 +34,7 @@ def on(*cells: tuple[slice, slice]) -> torch.Tensor:
     return deviating
 
 
-@pytest.mark.parametrize(("down", "right"), [(0, 0), (8, -12), (-32, 32), (POSITION * REACH, 4)])
+@pytest.mark.parametrize(("down", "right"), [(0, 0), (8, -12), (-32, 32), (STRIDE * REACH, 4)])
 @pytest.mark.parametrize("index", [1, 5])
 def test_a_defect_is_replaced_by_what_was_there(scenes, exemplars, down: int, right: int, index: int) -> None:
     """Within the cells all of it, brightness included; half a cell further it fades; elsewhere nothing changes."""

@@ -192,6 +192,19 @@ def test_levels_that_cannot_be(levels: dict[str, float]) -> None:
         replace(PLAIN, levels=levels)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exemplars": -1}, "exemplars=-1 must be at least 0"),
+        ({"scale_latents": False}, "scale_latents=False needs calibrated=False and exemplars=0"),
+        ({"scale_latents": False, "calibrated": False}, "calibrated=False and exemplars=12 are learnt"),
+    ],
+)
+def test_settings_that_exclude_each_other(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(PLAIN, **settings)
+
+
 def test_without_features_the_other_levels_remain() -> None:
     assert DeCoDiff(features="none").settings.levels == {"latent": 1.0}
 
