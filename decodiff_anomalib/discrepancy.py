@@ -8,14 +8,13 @@ pixel centres are mirrored about them. With calibrated fusion the constants ``c`
 :class:`NormalRange`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from anomalib.models.components.filters import GaussianBlur2d
 from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import nn
 
-LEVELS = ("pixel", "latent", "feature")
 HIGH_NORMAL = 0.99
 LEAST = 1e-6  # of a map's values, so that logarithms are finite
 PIXEL_CLIP, PIXEL_SIGMA = 0.4, 3.0
@@ -87,16 +86,18 @@ class NormalRange(nn.Module):
     that logarithms of normal values, on which thresholds rest, are close together.
 
     Args:
+        levels: Their names.
         num_categories: ``K``; a further row is of all categories together, for images of none.
     """
 
-    def __init__(self, num_categories: int) -> None:
+    def __init__(self, levels: Sequence[str], num_categories: int) -> None:
         super().__init__()
+        self.levels = tuple(levels)
         self.median: torch.Tensor
         self.high: torch.Tensor
         # until fitted, ranks are kept
-        self.register_buffer("median", torch.full((num_categories + 1, len(LEVELS)), LEAST))
-        self.register_buffer("high", torch.ones(num_categories + 1, len(LEVELS)))
+        self.register_buffer("median", torch.full((num_categories + 1, len(self.levels)), LEAST))
+        self.register_buffer("high", torch.ones(num_categories + 1, len(self.levels)))
 
     @torch.no_grad()
     def fit(self, row: int, level: str, maps: torch.Tensor) -> None:
@@ -104,12 +105,13 @@ class NormalRange(nn.Module):
         values = maps[..., ::4, ::4].flatten().float()
         median = values.median().clamp_min(LEAST)
         high = values.kthvalue(max(1, round(HIGH_NORMAL * len(values)))).values
-        self.median[row, LEVELS.index(level)] = median
-        self.high[row, LEVELS.index(level)] = torch.maximum(high, 1.01 * median)
+        column = self.levels.index(level)
+        self.median[row, column] = median
+        self.high[row, column] = torch.maximum(high, 1.01 * median)
 
     def forward(self, maps: torch.Tensor, level: str, category: torch.Tensor) -> torch.Tensor:
         """Excess ``(B, 1, H, W)``, at least 1, of a level's ``maps`` ``(B, 1, H, W)`` of ``category`` ``(B,)``."""
-        column = LEVELS.index(level)
+        column = self.levels.index(level)
         median, high = (limit[category, column].view(-1, 1, 1, 1) for limit in (self.median, self.high))
         return 1 + ((torch.maximum(maps, median) / median).log() / (high / median).log()).square()
 

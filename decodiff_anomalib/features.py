@@ -2,7 +2,7 @@
 
 The paper compares images and corrections by features of the decoded pictures. Here features are part of the latents, so
 that the denoiser knows what it looks at from the first step, and the feature level is their distance from the nearest
-features of normal images. Nothing is decoded or extracted twice.
+features of normal images. The detail level is the same of the enlarged image, in which the network sees what is small.
 """
 
 from collections.abc import Sequence
@@ -47,45 +47,36 @@ class VisualFeatures(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(-1, 1, 1), persistent=False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features ``(B, F, H/8, W/8)`` of ``images`` ``(B, 3, H, W)`` in [-1, 1], pooled over 3x3 neighbours."""
+    def forward(self, images: torch.Tensor, magnification: float = 1.0) -> torch.Tensor:
+        """Features ``(B, F, H/8, W/8)`` of ``images`` ``(B, 3, H, W)`` in [-1, 1], pooled over 3x3 neighbours.
+
+        Images are enlarged by ``magnification`` first; their features lie on the same grid.
+        """
+        size = [side // REDUCTIONS[0] for side in images.shape[-2:]]
+        if magnification != 1:
+            images = F.interpolate(images, scale_factor=magnification, mode="bilinear")
         images = ((images * 0.5 + 0.5 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         levels = self.backbone(images)
         levels = [F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False) for level in levels]
-        size = levels[0].shape[-2:]
-        return torch.cat([levels[0], *(F.interpolate(level, size=size, mode="bilinear") for level in levels[1:])], 1)
+        return torch.cat([F.interpolate(level, size=size, mode="bilinear") for level in levels], 1)
 
 
 class FeatureLatents(nn.Module):
-    """Visual features as latents, in each category's own units, and how new they are to it.
-
-    What is new is judged by the direction of each level's features alone. Their length is the contrast of what is seen,
-    which differs between normal images more than it tells of defects.
+    """Visual features as latents, in each category's own units.
 
     Args:
-        level_channels: Features per position of each level, ``F`` altogether.
+        features: Features per position, ``F``.
         num_categories: ``K``; a further row is of all categories together, for images of none.
         channels: Principal components that become latents.
     """
 
-    def __init__(self, level_channels: Sequence[int], num_categories: int, channels: int = 32) -> None:
+    def __init__(self, features: int, num_categories: int, channels: int = 32) -> None:
         super().__init__()
-        self.level_channels = list(level_channels)
         self.channels = channels
-        features, rows = sum(level_channels), num_categories + 1
-        self.products = _MatrixProduct()
         self.center: torch.Tensor
         self.projection: torch.Tensor
-        self.direction_center: torch.Tensor
-        self.whitening: torch.Tensor
-        self.bank: torch.Tensor
-        self.register_buffer("center", torch.zeros(rows, features, 1))
-        self.register_buffer("projection", torch.eye(channels, features).repeat(rows, 1, 1))
-        self.register_buffer("direction_center", torch.zeros(rows, features, 1))
-        self.register_buffer("whitening", torch.eye(features).repeat(rows, 1, 1))
-        self.bank_energy: torch.Tensor
-        self.register_buffer("bank", torch.zeros(rows, BANK_SIZE, features))
-        self.register_buffer("bank_energy", torch.zeros(rows, BANK_SIZE), persistent=False)
+        self.register_buffer("center", torch.zeros(num_categories + 1, features, 1))
+        self.register_buffer("projection", torch.eye(channels, features).repeat(num_categories + 1, 1, 1))
 
     def forward(self, features: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """The leading components ``(B, channels, h, w)`` of ``features`` ``(B, F, h, w)``, whitened.
@@ -97,7 +88,42 @@ class FeatureLatents(nn.Module):
         centered = features.flatten(2) - self.center[category]
         return (self.projection[category] @ centered).unflatten(2, features.shape[-2:])
 
-    def novelty(self, features: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def fit(self, row: int, features: torch.Tensor) -> None:
+        """Set the components to the principal ones of ``features`` ``(N, F, h, w)`` of normal images.
+
+        Weak components are whitened less, so that their noise is not blown up.
+        """
+        flat = features.movedim(1, -1).flatten(0, -2)
+        self.center[row], self.projection[row] = flat.mean(0)[:, None], _whitening(flat, self.channels)
+
+
+class FeatureNovelty(nn.Module):
+    """How new visual features are to a category.
+
+    This is judged by the direction of each level's features alone. Their length is the contrast of what is seen, which
+    differs between normal images more than it tells of defects.
+
+    Args:
+        level_channels: Features per position of each level, ``F`` altogether.
+        num_categories: ``K``; a further row is of all categories together, for images of none.
+    """
+
+    def __init__(self, level_channels: Sequence[int], num_categories: int) -> None:
+        super().__init__()
+        self.level_channels = list(level_channels)
+        features, rows = sum(level_channels), num_categories + 1
+        self.products = _MatrixProduct()
+        self.direction_center: torch.Tensor
+        self.whitening: torch.Tensor
+        self.bank: torch.Tensor
+        self.bank_energy: torch.Tensor
+        self.register_buffer("direction_center", torch.zeros(rows, features, 1))
+        self.register_buffer("whitening", torch.eye(features).repeat(rows, 1, 1))
+        self.register_buffer("bank", torch.zeros(rows, BANK_SIZE, features))
+        self.register_buffer("bank_energy", torch.zeros(rows, BANK_SIZE), persistent=False)
+
+    def forward(self, features: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Distance ``(B, 1, h, w)`` from the nearest of normal images of their category, in whitened directions.
 
         Args:
@@ -113,19 +139,19 @@ class FeatureLatents(nn.Module):
         return torch.linalg.vector_norm(whitened.mT - nearest, dim=2)[:, None].unflatten(2, features.shape[-2:])
 
     @torch.no_grad()
-    def fit(self, features: torch.Tensor, category: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        """Set the components to the principal ones of normal images, and remember features that cover them.
-
-        Weak components are whitened less, so that their noise is not blown up.
+    def fit(self, row: int, features: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """Remember features that cover those of normal images.
 
         Args:
+            row: The category.
             features: ``(N, F, h, w)``.
-            category: ``(N,)``.
             generator: Draws the features to choose from, on the CPU.
         """
-        self._fit_row(-1, features, generator)
-        for index in category.unique():
-            self._fit_row(int(index), features[category == index], generator)
+        directions = self._directions(features).movedim(1, -1).flatten(0, -2)
+        self.direction_center[row], self.whitening[row] = directions.mean(0)[:, None], _whitening(directions)
+        drawn = torch.randint(len(directions), (BANK_CANDIDATES,), generator=generator).to(features.device)
+        candidates = (directions[drawn] - directions.mean(0)) @ self.whitening[row].T
+        self.bank[row] = candidates[_cover(candidates, BANK_SIZE)]
         self._measure_bank()
 
     def _directions(self, features: torch.Tensor) -> torch.Tensor:
@@ -138,14 +164,6 @@ class FeatureLatents(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._measure_bank()
-
-    def _fit_row(self, row: int, features: torch.Tensor, generator: torch.Generator | None) -> None:
-        flat, directions = (part.movedim(1, -1).flatten(0, -2) for part in (features, self._directions(features)))
-        self.center[row], self.projection[row] = flat.mean(0)[:, None], _whitening(flat, self.channels)
-        self.direction_center[row], self.whitening[row] = directions.mean(0)[:, None], _whitening(directions)
-        drawn = torch.randint(len(flat), (BANK_CANDIDATES,), generator=generator).to(flat.device)
-        candidates = (directions[drawn] - directions.mean(0)) @ self.whitening[row].T
-        self.bank[row] = candidates[_cover(candidates, BANK_SIZE)]
 
 
 class _MatrixProduct(nn.Module):

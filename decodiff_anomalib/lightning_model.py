@@ -669,7 +669,9 @@ class DeCoDiff(AnomalibModule):
         checkpoint["decodiff"] = self._identity()
         unaveraged = checkpoint.get("current_model_state", {})
         for name in unaveraged:
-            if name.startswith(("model.codec.", "model.features.", "model.feature_latents.", "model.exemplars.")):
+            if name.startswith(
+                ("model.codec.", "model.features.", "model.feature_latents.", "model.novelty.", "model.exemplars.")
+            ):
                 unaveraged[name] = checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -686,7 +688,7 @@ class DeCoDiff(AnomalibModule):
         # Metrics are of a run and not of the model: which there are depends on the datamodule.
         ours = {name: value for name, value in self.state_dict().items() if name.startswith("evaluator.")}
         kept = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("evaluator.")}
-        checkpoint["state_dict"] = kept | ours
+        checkpoint["state_dict"] = _of_today(kept) | ours
         saved = checkpoint.get("decodiff")
         if saved is None:
             msg = "The checkpoint is not DeCoDiff's. Give one that `anomalib train --model DeCoDiff` wrote."
@@ -798,5 +800,15 @@ def _as_settings(preset: str, given: dict[str, Any], others: dict[str, Any]) -> 
         raise ValueError(msg)
     chosen = {name: None if value == "none" else value for name, value in given.items() if value is not None}
     if given["features"] == "none":
-        chosen["levels"] = {name: weight for name, weight in PRESETS[preset].levels.items() if name != "feature"}
+        levels, of_features = PRESETS[preset].levels, PRESETS[preset].magnifications
+        chosen["levels"] = {name: weight for name, weight in levels.items() if name not in of_features}
     return replace(PRESETS[preset], **chosen | others)
+
+
+def _of_today(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by the names they have now: the bank of the feature level was the feature latents' once."""
+    moved = {f"model.feature_latents.{name}" for name in ("direction_center", "whitening", "bank")}
+    return {
+        name.replace("feature_latents", "novelty.feature") if name in moved else name: values
+        for name, values in weights.items()
+    }

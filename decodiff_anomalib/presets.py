@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from decodiff_anomalib.discrepancy import LATENT_CLIP, LATENT_SIGMA, LEVELS, PIXEL_CLIP, PIXEL_SIGMA
+from decodiff_anomalib.discrepancy import LATENT_CLIP, LATENT_SIGMA, PIXEL_CLIP, PIXEL_SIGMA
 from decodiff_anomalib.features import PACKAGED_BACKBONE
 
 
@@ -15,6 +15,7 @@ class Preset:
         codec: See :func:`decodiff_anomalib.codec.build_codec`.
         features: A timm backbone whose features join the latents, see
             :class:`decodiff_anomalib.features.VisualFeatures`; ``None`` for none.
+        magnification: How much images are enlarged for the ``detail`` level, at least 1, where it is the ``feature`` one.
         denoiser: See :func:`decodiff_anomalib.denoiser.build_denoiser`.
         num_steps: Correction steps.
         timestep_spacing: Which timesteps they use, see :class:`decodiff_anomalib.schedule.DeviationSchedule`.
@@ -25,8 +26,8 @@ class Preset:
         samples_per_step: Samples the denoiser learns from in one step: the fresh ones and recent ones.
         scale_latents: Whether latents are scaled to the training images, see
             :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit`; features, ``calibrated`` and ``exemplars`` need it.
-        levels: The maps that are fused, ``pixel``, ``latent`` or ``feature`` (which needs features), and how much each
-            counts.
+        levels: The maps that are fused and how much each counts: ``pixel``, ``latent``, ``feature`` (which needs
+            features) and ``detail`` (which needs ``magnification``, too).
         pixel_clip: Saturation of the pixel map; ``None`` for none.
         latent_clip: Saturation of the latent map; ``None`` for none.
         pixel_sigma: Blur of the pixel map in pixels of the working size.
@@ -55,6 +56,7 @@ class Preset:
 
     codec: str = "stabilityai/sd-vae-ft-ema"
     features: str | None = None
+    magnification: float = 1.0
     denoiser: str | dict[str, Any] = "L"
     num_steps: int = 5
     timestep_spacing: Literal["leading", "trailing"] = "leading"
@@ -98,11 +100,15 @@ class Preset:
         if not self.levels or set(self.levels) - set(available) or min(self.levels.values()) <= 0:
             msg = (
                 f"levels={self.levels} must be one or more of {', '.join(available)}, each with its weight above 0; "
-                f"feature is one of them where features={self.features!r} names a backbone."
+                f"feature is one of them where features={self.features!r} names a backbone, and detail where besides "
+                f"magnification={self.magnification} is above 1."
             )
             raise ValueError(msg)
         if not 0 <= self.score_share <= 1:
             msg = f"score_share={self.score_share} must be from 0, the map's maximum, to 1, its mean."
+            raise ValueError(msg)
+        if self.magnification < 1:
+            msg = f"magnification={self.magnification} must be at least 1, for images as they are."
             raise ValueError(msg)
         if self.exemplars < 0:
             msg = f"exemplars={self.exemplars} must be at least 0, for none."
@@ -115,21 +121,29 @@ class Preset:
             raise ValueError(msg)
 
     @property
+    def magnifications(self) -> dict[str, float]:
+        """How much images are enlarged for each level that compares visual features."""
+        if self.features is None:
+            return {}
+        return {"feature": 1.0} | ({"detail": self.magnification} if self.magnification > 1 else {})
+
+    @property
     def available_levels(self) -> tuple[str, ...]:
         """Levels there can be."""
-        return tuple(level for level in LEVELS if self.features or level != "feature")
+        return ("pixel", "latent", *self.magnifications)
 
 
 BALANCED = Preset(
     codec="bundled",
     features=PACKAGED_BACKBONE,
+    magnification=2.0,
     denoiser="nano",
     num_steps=1,
     timestep_spacing="trailing",
     train_timesteps="used",
     corruption="defects",
     scale_latents=True,
-    levels={"latent": 1.0, "feature": 2.0},
+    levels={"latent": 1.0, "feature": 1.0, "detail": 2.0},
     pixel_clip=None,
     latent_clip=None,
     latent_sigma=0.0,

@@ -23,7 +23,7 @@ from decodiff_anomalib.discrepancy import (
     resize_mirrored,
 )
 from decodiff_anomalib.exemplars import Exemplars
-from decodiff_anomalib.features import PACKAGED_BACKBONE, FeatureLatents, VisualFeatures
+from decodiff_anomalib.features import PACKAGED_BACKBONE, FeatureLatents, FeatureNovelty, VisualFeatures
 from decodiff_anomalib.presets import Preset
 from decodiff_anomalib.replay import Replay
 from decodiff_anomalib.schedule import DeviationSchedule
@@ -88,7 +88,10 @@ class DeCoDiffModel(nn.Module):
         self.num_categories = num_categories
         self.fixed_category: int | None = None
         self.features = VisualFeatures(preset.features or PACKAGED_BACKBONE) if self._sees else None
-        self.feature_latents = FeatureLatents(self.features.level_channels, num_categories) if preset.features else None
+        self.feature_latents = FeatureLatents(self.features.channels, num_categories) if preset.features else None
+        self.novelty = nn.ModuleDict(
+            {level: FeatureNovelty(self.features.level_channels, num_categories) for level in preset.magnifications}
+        )
         self.router = CategoryRouter(num_categories, self.features.channels) if self.features else None
         latent_channels = self.codec.latent_channels + (self.feature_latents.channels if self.feature_latents else 0)
         self.denoiser = build_denoiser(
@@ -101,7 +104,7 @@ class DeCoDiffModel(nn.Module):
             num_inference_steps=preset.num_steps, timestep_spacing=preset.timestep_spacing
         )
         self._timesteps: list[int] = self.schedule.timesteps.tolist()
-        self.normal_range = NormalRange(num_categories) if preset.calibrated else None
+        self.normal_range = NormalRange(preset.available_levels, num_categories) if preset.calibrated else None
         self.exemplars = Exemplars(preset.exemplars, tuple(image_size), num_categories) if preset.exemplars else None
         self.latent_mean: torch.Tensor
         self.latent_std: torch.Tensor
@@ -139,7 +142,7 @@ class DeCoDiffModel(nn.Module):
         decoded = self.decode(torch.cat([latents, corrected]), category.repeat(2))
         reconstruction, correction = decoded.unflatten(0, (2, -1)).unbind()
 
-        discrepancies = self.discrepancies(latents, corrected, features, category, reconstruction, correction)
+        discrepancies = self.discrepancies(images, features, category, latents, corrected, reconstruction, correction)
         anomaly_map = self.fuse({level: discrepancies[level]() for level in self.preset.levels}, category)
         pred_score = self.score(anomaly_map)
         if self.exemplars:
@@ -196,10 +199,11 @@ class DeCoDiffModel(nn.Module):
 
     def discrepancies(
         self,
-        latents: torch.Tensor,
-        corrected: torch.Tensor,
+        images: torch.Tensor,
         features: torch.Tensor | None,
         category: torch.Tensor,
+        latents: torch.Tensor,
+        corrected: torch.Tensor,
         reconstruction: torch.Tensor,
         correction: torch.Tensor,
     ) -> dict[str, Callable[[], torch.Tensor]]:
@@ -209,8 +213,13 @@ class DeCoDiffModel(nn.Module):
         return {
             "pixel": lambda: pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma),
             "latent": lambda: latent_discrepancy(after, before, size, preset.latent_clip, preset.latent_sigma),
-            "feature": lambda: resize_mirrored(self.feature_latents.novelty(features, category), size),
+            "feature": lambda: resize_mirrored(self.novelty["feature"](features, category), size),
+            "detail": lambda: resize_mirrored(self.novelty["detail"](self._details(images), category), size),
         }
+
+    def _details(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of the enlarged images, on the grid of those of the images."""
+        return self.features(images, self.preset.magnification)
 
     def _in_normal_deviations(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """The codec's latents in units of what normal images of the category are corrected by."""
@@ -270,7 +279,14 @@ class DeCoDiffModel(nn.Module):
             features = torch.cat([self.features(chunk) for chunk in images.split(16)])
             self.router.fit(self.router.pool(features), category)
             if self.feature_latents:
-                self.feature_latents.fit(features, category, generator)
+                for row, chosen in self._rows(category):
+                    self.feature_latents.fit(row, features[chosen])
+            for level, novelty in self.novelty.items():
+                seen = (
+                    features if level == "feature" else torch.cat([self._details(chunk) for chunk in images.split(16)])
+                )
+                for row, chosen in self._rows(category):
+                    novelty.fit(row, seen[chosen], generator)
         if self.exemplars:
             for row, chosen in self._rows(category):
                 self.exemplars.fit(row, images[chosen])
@@ -287,21 +303,23 @@ class DeCoDiffModel(nn.Module):
             images: ``(N, 3, H, W)`` in [-1, 1].
             category: ``(N,)``.
         """
-        chunks = list(zip(images.split(16), category.split(16), strict=True))
-        features = [self.features(chunk) if self.features else None for chunk, _ in chunks]
+        chunks = [
+            (part, self.features(part) if self.features else None, index)
+            for part, index in zip(images.split(16), category.split(16), strict=True)
+        ]
         if self.router:
-            self.router.calibrate(torch.cat([self.router.pool(part) for part in features]), category)
+            self.router.calibrate(torch.cat([self.router.pool(features) for _, features, _ in chunks]), category)
         if not self.preset.scale_latents:
             return
-        latents = [self.encode(*chunk, features=part) for chunk, part in zip(chunks, features, strict=True)]
-        corrected = [self.correct(part, index) for part, (_, index) in zip(latents, chunks, strict=True)]
+        latents = [self.encode(part, index, features=features) for part, features, index in chunks]
+        corrected = [self.correct(part, index) for part, (*_, index) in zip(latents, chunks, strict=True)]
         corrections = (torch.cat(corrected) - torch.cat(latents))[:, : self.codec.latent_channels].abs()
         corrections = corrections.mean(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(images.dtype).tiny)
         for row, chosen in self._rows(category):
             self.normal_deviation[row] = corrections[chosen].mean(0)
         parts = [
-            self.discrepancies(before, after, seen, index, self.decode(before, index), self.decode(after, index))
-            for before, after, seen, (_, index) in zip(latents, corrected, features, chunks, strict=True)
+            self.discrepancies(*chunk, before, after, *(self.decode(part, chunk[-1]) for part in (before, after)))
+            for chunk, before, after in zip(chunks, latents, corrected, strict=True)
         ]
         maps = {level: torch.cat([part[level]() for part in parts]) for level in self.preset.available_levels}
         self._calibrate_maps(maps, category)

@@ -50,7 +50,7 @@ def test_fusion() -> None:
 def test_excess_over_what_is_normal() -> None:
     """Of values whose logarithms are even, the median is 1 and the 99th percentile exp(0.98)."""
     normal = torch.linspace(-1, 1, 10_001).exp()
-    normal_range = NormalRange(num_categories=2)
+    normal_range = NormalRange(("pixel", "latent"), num_categories=2)
     normal_range.fit(1, "latent", normal.view(1, 1, 1, -1).repeat_interleave(4, -1).repeat(1, 1, 4, 1))
     values = torch.tensor([0.1, 1, math.exp(0.49), math.exp(0.98), math.exp(2.94)]).view(1, 1, 1, -1)
     excess = normal_range(values.expand(2, -1, -1, -1), "latent", torch.tensor([1, 0]))

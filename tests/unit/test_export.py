@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from decodiff_anomalib import export
 from decodiff_anomalib.denoiser import Denoiser, DenoiserSize, FoldedDenoiser, build_denoiser
 from decodiff_anomalib.export import AntialiasedResize, ParityError, Run, exportable
-from decodiff_anomalib.features import FeatureLatents
+from decodiff_anomalib.features import FeatureNovelty
 from decodiff_anomalib.presets import PRESETS
 from decodiff_anomalib.torch_model import DeCoDiffModel
 
@@ -102,10 +102,10 @@ def test_a_folded_model_sees_the_same_and_leaves_the_model_alone() -> None:
 
 
 def test_norms_of_remembered_features_follow_a_checkpoint() -> None:
-    latents, restored = FeatureLatents([2, 3], 2, channels=3), FeatureLatents([2, 3], 2, channels=3)
-    latents.fit(torch.randn(4, 5, 8, 8), torch.tensor([0, 0, 1, 1]), torch.Generator().manual_seed(0))
-    restored.load_state_dict(latents.state_dict())
-    assert "bank_energy" not in latents.state_dict()
+    novelty, restored = FeatureNovelty([2, 3], 2), FeatureNovelty([2, 3], 2)
+    novelty.fit(1, torch.randn(4, 5, 8, 8), torch.Generator().manual_seed(0))
+    restored.load_state_dict(novelty.state_dict())
+    assert "bank_energy" not in novelty.state_dict()
     torch.testing.assert_close(restored.bank_energy, restored.bank.square().sum(2))
 
 

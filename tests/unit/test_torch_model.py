@@ -143,20 +143,23 @@ def test_an_image_is_treated_as_the_category_that_is_inferred_from_it(conditione
 
 
 def test_levels_are_fused_by_their_weights(conditioned) -> None:
-    """A level alone is its excess over what is normal, and the default is (L + 2 N) / 3 of these."""
+    """A level alone is its excess over what is normal, and the default is (L + N + 2 D) / 4 of these."""
     model, images, category = conditioned
     default, maps = model.preset, {}
     try:
-        for level in ("pixel", "latent", "feature"):
+        for level in ("pixel", "latent", "feature", "detail"):
             model.preset = replace(default, levels={level: 3.0})
             maps[level] = model(images, category).anomaly_map
     finally:
         model.preset = default
-    assert default.levels == {"latent": 1.0, "feature": 2.0}
+    assert default.levels == {"latent": 1.0, "feature": 1.0, "detail": 2.0}
     found = model(images, category).anomaly_map
-    torch.testing.assert_close(found, (maps["latent"] + 2 * maps["feature"]) / 3, rtol=1e-4, atol=1e-5)
-    novelty = resize_mirrored(model.feature_latents.novelty(model.features(images), category), images.shape[-2:])
-    torch.testing.assert_close(maps["feature"], model.normal_range(novelty, "feature", category))
+    expected = (maps["latent"] + maps["feature"] + 2 * maps["detail"]) / 4
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for level, magnification in {"feature": 1, "detail": 2}.items():
+        novelty = model.novelty[level](model.features(images, magnification), category)
+        novelty = resize_mirrored(novelty, images.shape[-2:])
+        torch.testing.assert_close(maps[level], model.normal_range(novelty, level, category))
     assert (maps["pixel"] - maps["latent"]).abs().max() > 0.1
 
 
@@ -164,7 +167,7 @@ def test_the_range_of_maps_and_the_threshold_of_cells_are_those_of_held_out_norm
     model, images, category = conditioned
     held_out = [0, 1, 8, 9, 16, 17]
     images, category = images[held_out], category[held_out]
-    novelty = resize_mirrored(model.feature_latents.novelty(model.features(images), category), images.shape[-2:])
+    novelty = resize_mirrored(model.novelty["feature"](model.features(images), category), images.shape[-2:])
     cells = F.avg_pool2d(model(images, category).anomaly_map, 8)
     for index in range(3):
         own = novelty[category == index][..., ::4, ::4]
@@ -195,6 +198,7 @@ def test_levels_that_cannot_be(levels: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"magnification": 0.5}, "magnification=0.5 must be at least 1"),
         ({"exemplars": -1}, "exemplars=-1 must be at least 0"),
         ({"scale_latents": False}, "scale_latents=False needs calibrated=False and exemplars=0"),
         ({"scale_latents": False, "calibrated": False}, "calibrated=False and exemplars=12 are learnt"),
