@@ -68,7 +68,7 @@ ODD_SIZES = ((96, 160), (333, 257))
 CALIBRATION_IMAGES = 300
 
 QUANTISED = ("model.denoiser", "model.novelty.feature.products", "model.novelty.detail.products")
-"""What computes in integers: the denoiser, and the searches for the nearest features, whose distance is then taken anew.
+"""What computes in integers: the denoiser, and the searches for the nearest features, whose distance is taken anew.
 
 Features themselves do not. Their rounding is as large as what tells a small defect on a binary image from none.
 """

@@ -15,7 +15,7 @@ class Preset:
         codec: See :func:`decodiff_anomalib.codec.build_codec`.
         features: A timm backbone whose features join the latents, see
             :class:`decodiff_anomalib.features.VisualFeatures`; ``None`` for none.
-        magnification: How much images are enlarged for the ``detail`` level, at least 1, where it is the ``feature`` one.
+        magnification: How much images are enlarged for the ``detail`` level; at 1 there is none.
         denoiser: See :func:`decodiff_anomalib.denoiser.build_denoiser`.
         num_steps: Correction steps.
         timestep_spacing: Which timesteps they use, see :class:`decodiff_anomalib.schedule.DeviationSchedule`.

@@ -6,7 +6,7 @@ import torch
 from decodiff_anomalib import features as module
 from decodiff_anomalib.features import FeatureLatents, FeatureNovelty, VisualFeatures
 
-
+Fitted = tuple[FeatureLatents, FeatureNovelty, torch.Tensor]
 ROWS = {0: slice(6), 1: slice(6, 12), 2: slice(12)}  # each category, and all
 
 
@@ -16,8 +16,8 @@ def backbone() -> VisualFeatures:
 
 
 @pytest.fixture(scope="module")
-def fitted(backbone: VisualFeatures) -> tuple[FeatureLatents, FeatureNovelty, torch.Tensor]:
-    """Latents and novelty of two categories, the second a brighter version of the first, and the features they were fitted to."""
+def fitted(backbone: VisualFeatures) -> Fitted:
+    """Latents and novelty of two categories, the second a brighter version of the first, and features of both."""
     smooth = torch.nn.functional.interpolate(torch.randn(12, 3, 16, 16), size=(64, 64), mode="bicubic")
     images = (smooth + 0.2 * torch.randn(12, 3, 64, 64)).clamp(-1, 1)
     images[6:] = images[6:] / 3 + 0.6
@@ -43,7 +43,7 @@ def test_magnified_features_lie_on_the_grid_of_the_image(backbone: VisualFeature
         assert level.norm(dim=1).flatten().argmax() == 2 * 8 + 5
 
 
-def test_components_are_whitened(fitted) -> None:
+def test_components_are_whitened(fitted: Fitted) -> None:
     of_features, _, features_of_all = fitted
     assert of_features(features_of_all, torch.arange(12) // 6).shape == (12, 32, 8, 8)
     for row, chosen in ROWS.items():
@@ -56,7 +56,7 @@ def test_components_are_whitened(fitted) -> None:
 
 
 def test_novelty_is_the_distance_to_the_nearest_remembered_feature_of_the_category(
-    backbone: VisualFeatures, fitted
+    backbone: VisualFeatures, fitted: Fitted
 ) -> None:
     _, novelty, features = fitted
     for category in (0, 1, 2):
@@ -75,7 +75,7 @@ def test_novelty_is_the_distance_to_the_nearest_remembered_feature_of_the_catego
     torch.testing.assert_close(novelty(3 * strange, torch.tensor([0])), newest)  # only directions count
 
 
-def test_remembered_features_cover_all_others(fitted) -> None:
+def test_remembered_features_cover_all_others(fitted: Fitted) -> None:
     """Chosen among all positions of a small set, the worst-covered one is nearer than at random."""
     _, novelty, _ = fitted
     points = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
