@@ -40,7 +40,8 @@ class Inspection(NamedTuple):
         anomaly_map: ``(B, 1, H, W)``, at least 0.
         category: Category index ``(B,)``; the number of categories means unknown.
         strangeness: How far the images are from all categories, ``(B,)``, unknown above 1; 0 where they were not asked.
-        reconstruction: The images through the codec alone, ``(B, 3, H, W)``, about [-1, 1].
+        reconstruction: What the correction is where nothing was corrected, ``(B, 3, H, W)``, about [-1, 1]: the images
+            through the codec, or themselves where there are exemplars.
         correction: What they should have looked like, ``(B, 3, H, W)``, about [-1, 1]: corrected by the denoiser and,
             where there are exemplars, with what deviates replaced by theirs.
     """
@@ -146,6 +147,8 @@ class DeCoDiffModel(nn.Module):
         anomaly_map = self.fuse({level: discrepancies[level]() for level in self.preset.levels}, category)
         pred_score = self.score(anomaly_map)
         if self.exemplars:
+            # what the codec loses is not for the denoiser to take away
+            reconstruction, correction = images, images + (correction - reconstruction)
             deviating = self.exemplars.deviating(self._cells(anomaly_map), category)
             correction = self.exemplars(correction, deviating, category)
         return Inspection(pred_score, anomaly_map, category, strangeness, reconstruction, correction)

@@ -102,6 +102,7 @@ def test_corrected_images_show_no_defect_and_normal_ones_stay(checkpoint: Path, 
     found = defective & (before > threshold)
     assert found.sum() > 10
     assert (after[found] > threshold).float().mean() < 0.5
+    assert (after[~defective] > threshold).float().mean() < 0.1
 
 
 def scores(engine: Engine, datamodule: DemoTextures, **arguments) -> dict[str, torch.Tensor]:
@@ -147,11 +148,31 @@ def test_other_levels_come_without_thresholds(checkpoint: Path, data_root: Path,
     assert model.settings.levels == {"feature": 1.0}
     assert not model.post_processor.calibrated
     unchanged = DeCoDiff.load_from_checkpoint(checkpoint)
-    assert unchanged.settings.levels == {"latent": 1.0, "feature": 2.0}
+    assert unchanged.settings.levels == {"latent": 1.0, "feature": 1.0, "detail": 2.0}
     assert unchanged.post_processor.calibrated
     (batch, *_) = engine.predict(model, data_path=datamodule.test_data.samples.image_path[0])
     assert batch.pred_score[0] > 1  # raw; below 1 it would be in units of a threshold
     assert batch.pred_label is None
+
+
+def test_a_checkpoint_of_before_there_was_the_detail_level_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    levels = {"latent": 1.0, "feature": 2.0}
+    saved["decodiff"]["settings"]["levels"] = levels
+    del saved["decodiff"]["settings"]["magnification"]
+    weights = saved["state_dict"]
+    for name in list(weights):
+        values = weights.pop(name)
+        if name.startswith("model.normal_range."):
+            values = values[:, :3]
+        if not name.startswith("model.novelty.detail."):
+            weights[name.replace("novelty.feature", "feature_latents")] = values
+    torch.save(saved, tmp_path / "before.ckpt")
+    images = torch.rand(2, 3, 256, 256) * 2 - 1
+    before = DeCoDiff.load_from_checkpoint(tmp_path / "before.ckpt").eval()
+    now = DeCoDiff.load_from_checkpoint(checkpoint, settings={"levels": levels}).eval()
+    with torch.no_grad():
+        assert torch.equal(before.model(images).anomaly_map, now.model(images).anomaly_map)
 
 
 def test_predict_a_folder_of_any_images(checkpoint: Path, gravel: Path, tmp_path: Path) -> None:
