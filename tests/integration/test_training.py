@@ -143,7 +143,7 @@ def test_steps_that_were_not_trained_are_refused(checkpoint: Path) -> None:
 def test_other_levels_come_without_thresholds(checkpoint: Path, data_root: Path, tmp_path: Path) -> None:
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
     datamodule = DemoTextures(root=data_root)
-    model = DeCoDiff(settings={"levels": {"feature": 1.0}}, visualizer=False)
+    model = DeCoDiff(settings={"levels": {"feature": 1.0}})
     engine.test(model, datamodule=datamodule, ckpt_path=checkpoint)
     assert model.settings.levels == {"feature": 1.0}
     assert not model.post_processor.calibrated
@@ -153,6 +153,10 @@ def test_other_levels_come_without_thresholds(checkpoint: Path, data_root: Path,
     (batch, *_) = engine.predict(model, data_path=datamodule.test_data.samples.image_path[0])
     assert batch.pred_score[0] > 1  # raw; below 1 it would be in units of a threshold
     assert batch.pred_label is None
+    picture = Image.open(max(tmp_path.rglob("images/**/*.png"), key=lambda path: path.stat().st_mtime))
+    red, _, blue = np.asarray(picture, np.float32)[:, 256:512].transpose(2, 0, 1)  # the map on the image
+    order = batch.anomaly_map[0].flatten().argsort()
+    assert (red - blue).flatten()[order[-500:]].mean() > 50 > -50 > (red - blue).flatten()[order[:500]].mean()
 
 
 def test_a_checkpoint_of_before_there_was_the_detail_level_is_read(checkpoint: Path, tmp_path: Path) -> None:
