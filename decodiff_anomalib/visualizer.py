@@ -39,15 +39,15 @@ class DeCoDiffVisualizer(ImageVisualizer):
         common = _common_folder(trainer, dataloader_idx)
         corrections = getattr(batch, "correction", None)
         for index, item in enumerate(batch):
-            fields_config = self.fields_config
-            if item.anomaly_map is not None and item.anomaly_map.max() > 1:  # raw, where there are no thresholds
-                fields_config = fields_config | {"anomaly_map": fields_config["anomaly_map"] | {"normalize": True}}
+            if item.anomaly_map is not None and item.anomaly_map.max() > 1:
+                # raw, where there are no thresholds: above 1 Anomalib's colours would wrap around
+                item.anomaly_map = item.anomaly_map / item.anomaly_map.max()
             picture = visualize_image_item(
                 item,
                 fields=self.fields,
                 overlay_fields=self.overlay_fields,
                 field_size=self.field_size,
-                fields_config=fields_config,
+                fields_config=self.fields_config,
                 overlay_fields_config=self.overlay_fields_config,
                 text_config=self.text_config,
             )
