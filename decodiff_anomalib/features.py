@@ -5,6 +5,7 @@ that the denoiser knows what it looks at from the first step, and the feature le
 features of normal images. The detail level is the same of the enlarged image, in which the network sees what is small.
 """
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +53,7 @@ class VisualFeatures(nn.Module):
 
         Images are enlarged by ``magnification`` first; their features lie on the same grid.
         """
-        size = [side // REDUCTIONS[0] for side in images.shape[-2:]]
+        size = [math.ceil(side / REDUCTIONS[0]) for side in images.shape[-2:]]
         if magnification != 1:
             images = F.interpolate(images, scale_factor=magnification, mode="bilinear")
         images = ((images * 0.5 + 0.5 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)

@@ -217,12 +217,10 @@ class DeCoDiffModel(nn.Module):
             "pixel": lambda: pixel_discrepancy(correction, reconstruction, preset.pixel_clip, preset.pixel_sigma),
             "latent": lambda: latent_discrepancy(after, before, size, preset.latent_clip, preset.latent_sigma),
             "feature": lambda: resize_mirrored(self.novelty["feature"](features, category), size),
-            "detail": lambda: resize_mirrored(self.novelty["detail"](self._details(images), category), size),
+            "detail": lambda: resize_mirrored(
+                self.novelty["detail"](self.features(images, preset.magnification), category), size
+            ),
         }
-
-    def _details(self, images: torch.Tensor) -> torch.Tensor:
-        """Features of the enlarged images, on the grid of those of the images."""
-        return self.features(images, self.preset.magnification)
 
     def _in_normal_deviations(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """The codec's latents in units of what normal images of the category are corrected by."""
@@ -279,20 +277,23 @@ class DeCoDiffModel(nn.Module):
                 self.latent_mean[row] = mean[0]
                 self.latent_std[row] = variance[0].sqrt().clamp_min(MIN_LATENT_STD * variance.mean().sqrt())
         if self.features:
-            features = torch.cat([self.features(chunk) for chunk in images.split(16)])
-            self.router.fit(self.router.pool(features), category)
-            if self.feature_latents:
-                for row, chosen in self._rows(category):
-                    self.feature_latents.fit(row, features[chosen])
-            for level, novelty in self.novelty.items():
-                seen = (
-                    features if level == "feature" else torch.cat([self._details(chunk) for chunk in images.split(16)])
-                )
-                for row, chosen in self._rows(category):
-                    novelty.fit(row, seen[chosen], generator)
+            self._fit_features(images, category, generator)
         if self.exemplars:
             for row, chosen in self._rows(category):
                 self.exemplars.fit(row, images[chosen])
+
+    def _fit_features(self, images: torch.Tensor, category: torch.Tensor, generator: torch.Generator | None) -> None:
+        """Learn from visual features how to tell categories apart, their latents, and what is not new."""
+        features = torch.cat([self.features(chunk) for chunk in images.split(16)])
+        self.router.fit(self.router.pool(features), category)
+        if self.feature_latents:
+            for row, chosen in self._rows(category):
+                self.feature_latents.fit(row, features[chosen])
+        for level, magnification in self.preset.magnifications.items():
+            if magnification != 1:
+                features = torch.cat([self.features(chunk, magnification) for chunk in images.split(16)])
+            for row, chosen in self._rows(category):
+                self.novelty[level].fit(row, features[chosen], generator)
 
     @torch.no_grad()
     def calibrate(self, images: torch.Tensor, category: torch.Tensor) -> None:
