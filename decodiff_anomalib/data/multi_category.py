@@ -152,7 +152,9 @@ class MultiCategory(AnomalibDataModule):
     def counts(self) -> pd.DataFrame:
         """Images of each category, in index order, and in total: a column for each subset and label, after setup."""
         label = {LabelName.NORMAL: "normal", LabelName.ABNORMAL: "defective", LabelName.UNKNOWN: "unlabelled"}
-        samples = pd.concat([data.samples.assign(subset=subset) for subset, data in self._subsets.items()])
+        samples = pd.concat(
+            [data.samples.assign(subset=subset) for subset, data in self._subsets.items()], ignore_index=True
+        )
         kind = samples.subset + " " + samples.label_index.map(label)
         columns = [f"{subset} {word}" for subset in self._subsets for word in label.values()]
         table = pd.crosstab(samples.category, kind).reindex(index=self.categories, columns=columns, fill_value=0)
