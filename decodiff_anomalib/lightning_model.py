@@ -316,6 +316,10 @@ class DeCoDiff(AnomalibModule):
             if datamodule is not None:
                 # more processes than cores only cost time, every epoch anew
                 self._lend(datamodule, num_workers=min(datamodule.num_workers, os.cpu_count() or 1))
+                if self.settings.corruption == "defects":
+                    # more images than defects are drawn on would be read for nothing
+                    fresh = min(datamodule.train_batch_size, self.settings.fresh_per_step)
+                    self._lend(datamodule, train_batch_size=fresh)
                 self._hold_out_normals(datamodule, stage)
         subsets = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}
         self._inspect(*(getattr(datamodule, name, None) for name in subsets.get(stage, ())))
@@ -418,12 +422,13 @@ class DeCoDiff(AnomalibModule):
             buffer.copy_(self.trainer.strategy.broadcast(buffer))
 
     def _set_duration(self) -> None:
-        """Train for the preset's steps in whole epochs, and validate a few times rather than every epoch."""
-        epochs = math.ceil(self.settings.train_steps / self._steps_per_epoch)
-        if self.trainer.check_val_every_n_epoch == 1:
-            self.trainer.check_val_every_n_epoch = math.ceil(epochs / VALIDATIONS_PER_FIT)
-            epochs = self.trainer.check_val_every_n_epoch * math.ceil(epochs / self.trainer.check_val_every_n_epoch)
-        self.trainer.fit_loop.max_epochs = epochs
+        """Train for the preset's steps, and validate a few times rather than every epoch."""
+        trainer, steps = self.trainer, self.settings.train_steps
+        trainer.fit_loop.max_epochs = math.ceil(steps / self._steps_per_epoch)
+        trainer.fit_loop.epoch_loop.max_steps = steps
+        if trainer.check_val_every_n_epoch == 1:
+            trainer.check_val_every_n_epoch = None  # then Lightning counts batches, over epochs
+            trainer.val_check_batch = math.ceil(steps / VALIDATIONS_PER_FIT) * trainer.accumulate_grad_batches
 
     @property
     def _steps_per_epoch(self) -> int:

@@ -22,7 +22,8 @@ class Preset:
         train_timesteps: Strengths of deviation to learn from: ``all`` ten (the paper), or only those ``used`` in the
             correction steps, which a short training learns far sooner.
         corruption: ``patches`` of the latents (the paper) or ``defects`` drawn on the images.
-        fresh_per_step: Images of a training batch that get new defects, with ``corruption="defects"``.
+        fresh_per_step: Images read in a training step, each to draw a new defect on, with ``corruption="defects"``;
+            the datamodule's batches where those are smaller.
         samples_per_step: Samples the denoiser learns from in one step: the fresh ones and recent ones.
         scale_latents: Whether latents are scaled to the training images, see
             :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit`; features, ``calibrated`` and ``exemplars`` need it.
