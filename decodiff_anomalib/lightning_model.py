@@ -68,7 +68,8 @@ class DeCoDiff(AnomalibModule):
             argument below left at ``None`` takes the preset's value.
         image_size: Working size in pixels, one side or (height, width), multiples of 32. The whole image is resized to
             it; nothing is cropped.
-        codec: ``bundled``, or a hub id, folder or file of a diffusers autoencoder.
+        codec: ``bundled``, a file that ``decodiff_anomalib.codec.train`` wrote, or a hub id, folder or file of a
+            diffusers autoencoder.
         features: timm backbone whose features join the latents; ``none`` for none.
         denoiser: Size of the UNet: ``nano``, ``tiny``, ``XS``, ``S``, ``M``, ``L``, ``XL``.
         weights: Trained denoiser to use: a folder that `decodiff convert` wrote, or a hub id. It brings its size, its

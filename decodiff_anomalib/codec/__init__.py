@@ -11,25 +11,28 @@ from typing import Any
 
 from torch import nn
 
-BUNDLED = "bundled"
+from .patch import BUNDLED, PatchCodec
 
 
 def build_codec(codec: str | Path | dict[str, Any] = BUNDLED) -> nn.Module:
     """Build a frozen codec.
 
     Args:
-        codec: ``"bundled"`` (in the package, nothing is downloaded); a hub id, local folder or single ``.safetensors``
-            file of a diffusers ``AutoencoderKL`` or ``AutoencoderTiny``; or the ``spec`` of a codec, which restores
-            its architecture and leaves its weights to a checkpoint.
+        codec: ``"bundled"`` (in the package, nothing is downloaded); a file that ``decodiff_anomalib.codec.train``
+            wrote; a hub id, local folder or single ``.safetensors`` file of a diffusers ``AutoencoderKL`` or
+            ``AutoencoderTiny``; or the ``spec`` of a codec, which restores its architecture and leaves its weights to a
+            checkpoint.
 
     Raises:
         OSError: If the weights are neither local nor reachable.
         ValueError: If they are of another kind of model.
     """
     if codec == BUNDLED:
-        from .patch import PatchCodec
-
         built = PatchCodec.load()
+    elif isinstance(codec, dict) and codec.get("_class_name") == PatchCodec.__name__:
+        built = PatchCodec(codec["latent_channels"])
+    elif not isinstance(codec, dict) and PatchCodec.wrote(Path(codec)):
+        built = PatchCodec.load(Path(codec))
     else:
         from .autoencoder import AutoencoderCodec
 

@@ -1,4 +1,4 @@
-"""The bundled codec: the whitened principal components of 8x8 patches of photographs.
+"""The bundled codec, and others like it: the whitened principal components of 8x8 patches of photographs.
 
 It is linear and has no choice of its own to make: among all linear codecs of its size it has the least error
 (Eckart-Young). What it keeps and costs is in MODEL_CARD.md.
@@ -6,13 +6,15 @@ It is linear and has no choice of its own to make: among all linear codecs of it
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+BUNDLED = "bundled"
 PATCH_SIZE = 8
 WEIGHTS = Path(__file__).with_name("patch_codec.safetensors")
 
@@ -25,11 +27,11 @@ class PatchCodec(nn.Module):
     """
 
     downsample_factor = PATCH_SIZE
-    spec = "bundled"
 
     def __init__(self, latent_channels: int = 48) -> None:
         super().__init__()
         self.latent_channels = latent_channels
+        self.spec: str | dict[str, Any] = {"_class_name": type(self).__name__, "latent_channels": latent_channels}
         self.analysis = nn.Conv2d(3 * PATCH_SIZE**2, latent_channels, 1)
         self.synthesis = nn.Conv2d(latent_channels, 3 * PATCH_SIZE**2, 1)
 
@@ -67,4 +69,17 @@ class PatchCodec(nn.Module):
         with safe_open(path, framework="pt") as file:
             codec = cls(**json.loads(file.metadata()["config"]))
             codec.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        if path == WEIGHTS:
+            codec.spec = BUNDLED
         return codec
+
+    @classmethod
+    def wrote(cls, path: Path) -> bool:
+        """Whether a file is one that :meth:`save` stored."""
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                return "config" in (file.metadata() or {})
+        except SafetensorError:
+            return False

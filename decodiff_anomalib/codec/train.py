@@ -1,4 +1,7 @@
-"""Make the bundled codec from photographs: ``python -m decodiff_anomalib.codec.train FOLDER OUTPUT``."""
+"""Make a codec like the bundled one: ``python -m decodiff_anomalib.codec.train FOLDER OUTPUT``.
+
+``--model.codec OUTPUT`` uses it.
+"""
 
 import logging
 from pathlib import Path

@@ -55,6 +55,19 @@ def test_no_linear_codec_of_its_size_is_better() -> None:
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(24), atol=1e-2, rtol=0)
 
 
+def test_codec_of_ones_own_photographs(tmp_path: Path) -> None:
+    codec = PatchCodec(latent_channels=24)
+    images = torch.rand(8, 3, 64, 64) * 2 - 1
+    codec.fit(images)
+    codec.save(file := tmp_path / "codec.safetensors")
+    latents = build_codec(file).encode(images)
+    torch.testing.assert_close(latents, codec.encode(images), atol=0, rtol=0)
+    restored = build_codec(json.loads(json.dumps(build_codec(str(file)).spec)))  # as a checkpoint has it
+    restored.load_state_dict(codec.state_dict())
+    torch.testing.assert_close(restored.encode(images), latents, atol=0, rtol=0)
+    assert build_codec().spec == "bundled"
+
+
 def test_autoencoder_kl_scales_and_samples() -> None:
     codec = build_codec(TINY_KL)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
