@@ -263,6 +263,20 @@ def test_thresholds_never_see_test_images(gravel: Path, tmp_path: Path) -> None:
     assert len(data.train_data) == 80, "the datamodule gets its images back"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_what_a_gpu_trained_predicts_alike_on_the_cpu(gravel: Path, tmp_path: Path) -> None:
+    data = MVTecAD(gravel.parent, gravel.name, num_workers=0)
+    fit(tmp_path, data, engine={"accelerator": "gpu", "devices": 1})
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+
+    def maps(accelerator: str) -> torch.Tensor:
+        engine = Engine(default_root_dir=tmp_path, accelerator=accelerator, devices=1, logger=False)
+        predictions = engine.predict(DeCoDiff.load_from_checkpoint(checkpoint), data_path=gravel / "test")
+        return torch.cat([batch.anomaly_map.float().cpu() for batch in predictions])
+
+    torch.testing.assert_close(maps("gpu"), maps("cpu"), atol=5e-3, rtol=0)
+
+
 class StepsOfValidation(Callback):
     """After which training steps thresholds were set."""
 
