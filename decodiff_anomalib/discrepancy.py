@@ -16,6 +16,7 @@ from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import nn
 
 HIGH_NORMAL = 0.99
+RINGS, RING_WIDTH = 4, 8  # in pixels: a cell of the latent grid
 LEAST = 1e-6  # of a map's values, so that logarithms are finite
 PIXEL_CLIP, PIXEL_SIGMA = 0.4, 3.0
 LATENT_CLIP, LATENT_SIGMA = 0.2, 1.0
@@ -78,12 +79,15 @@ def latent_discrepancy(
 
 
 class NormalRange(nn.Module):
-    """What values of each level are normal, by category, and by how much others exceed them.
+    """What values of each level are normal, by category and distance from the border, and by how much others exceed it.
 
     ``1 + (max(0, log(x / median)) / log(high / median))^2`` of a value ``x``, with the median and a high quantile of
     normal images: 1 for what is ordinary and 2 at the edge of what is normal, whatever the level's units and spread.
     Squares, so that in a mean a level that stands out is not drowned by another that has nothing to say; from 1, so
     that logarithms of normal values, on which thresholds rest, are close together.
+
+    Where an image ends, what it shows is cut off at any place and networks see half of it: normal images are stranger
+    there than elsewhere, and each ring of cells along the border therefore has limits of its own.
 
     Args:
         levels: Their names.
@@ -96,24 +100,37 @@ class NormalRange(nn.Module):
         self.median: torch.Tensor
         self.high: torch.Tensor
         # until fitted, ranks are kept
-        self.register_buffer("median", torch.full((num_categories + 1, len(self.levels)), LEAST))
-        self.register_buffer("high", torch.ones(num_categories + 1, len(self.levels)))
+        self.register_buffer("median", torch.full((num_categories + 1, len(self.levels), RINGS), LEAST))
+        self.register_buffer("high", torch.ones(num_categories + 1, len(self.levels), RINGS))
 
     @torch.no_grad()
     def fit(self, row: int, level: str, maps: torch.Tensor) -> None:
         """Take the range of a level from ``maps`` ``(N, 1, H, W)`` of normal images."""
-        values = maps[..., ::4, ::4].flatten().float()
-        median = values.median().clamp_min(LEAST)
-        high = values.kthvalue(max(1, round(HIGH_NORMAL * len(values)))).values
-        column = self.levels.index(level)
-        self.median[row, column] = median
-        self.high[row, column] = torch.maximum(high, 1.01 * median)
+        column, ring = self.levels.index(level), _rings(maps.shape[-2:]).argmax(0).to(maps.device)[::4, ::4]
+        for index in range(RINGS):
+            # small images have no place that far from the border
+            values = maps[:, 0, ::4, ::4][:, ring == min(index, int(ring.max()))].flatten().float()
+            median = values.median().clamp_min(LEAST)
+            high = values.kthvalue(max(1, round(HIGH_NORMAL * len(values)))).values
+            self.median[row, column, index] = median
+            self.high[row, column, index] = torch.maximum(high, 1.01 * median)
 
     def forward(self, maps: torch.Tensor, level: str, category: torch.Tensor) -> torch.Tensor:
         """Excess ``(B, 1, H, W)``, at least 1, of a level's ``maps`` ``(B, 1, H, W)`` of ``category`` ``(B,)``."""
-        column = self.levels.index(level)
-        median, high = (limit[category, column].view(-1, 1, 1, 1) for limit in (self.median, self.high))
+        column, size = self.levels.index(level), maps.shape[-2:]
+        rings = _rings(size).to(maps).flatten(1)
+        median, high = ((limit[category, column] @ rings).view(-1, 1, *size) for limit in (self.median, self.high))
         return 1 + ((torch.maximum(maps, median) / median).log() / (high / median).log()).square()
+
+
+def _rings(size: Sequence[int]) -> torch.Tensor:
+    """How much pixels belong to each ring along the border, the last being all the rest: ``(RINGS, H, W)``, sum 1.
+
+    Linear between the middles of the rings, so that no step shows.
+    """
+    rows, columns = (torch.minimum(torch.arange(side), torch.arange(side).flip(0)) for side in size)
+    depth = (torch.minimum(rows[:, None], columns[None]) + 0.5) / RING_WIDTH - 0.5
+    return (1 - (depth.clamp(0, RINGS - 1) - torch.arange(RINGS)[:, None, None]).abs()).clamp_min(0)
 
 
 def fuse(*maps: torch.Tensor, weights: Collection[float] | None = None, mode: str = "geometric") -> torch.Tensor:

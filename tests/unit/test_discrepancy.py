@@ -58,3 +58,15 @@ def test_excess_over_what_is_normal() -> None:
     assert (excess[1, 0, 0].diff() > 0).all()  # of a category that no normal images were seen of: ranks alone
     normal_range.fit(0, "pixel", torch.zeros(1, 1, 8, 8))  # nothing ever differs
     assert normal_range(values, "pixel", torch.tensor([0])).isfinite().all()
+
+
+def test_the_border_has_a_range_of_its_own() -> None:
+    """Normal values are three times as high in the outermost 8 pixels; their logarithms have a deviation of 0.1."""
+    normal = (0.1 * torch.randn(32, 1, 96, 80, generator=torch.Generator().manual_seed(0))).exp()
+    normal[:, :, 8:-8, 8:-8] /= 3
+    normal_range = NormalRange(("latent",), num_categories=1)
+    normal_range.fit(0, "latent", normal)
+    excess = normal_range(torch.ones(1, 1, 96, 80), "latent", torch.tensor([0]))[0, 0]
+    torch.testing.assert_close(excess[:, :4], torch.ones(96, 4), atol=5e-3, rtol=0)
+    assert excess[32:64, 32:48].numpy() == pytest.approx(1 + (math.log(3) / 0.2326) ** 2, rel=0.1)
+    assert excess[48].diff().abs().max() < excess.max() / 3, "no step between the rings"
