@@ -16,7 +16,8 @@ from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import nn
 
 HIGH_NORMAL = 0.99
-RINGS, RING_WIDTH = 4, 8  # in pixels: a cell of the latent grid
+RINGS = 4  # three along the border, and all the rest
+RING_WIDTH = 8  # pixels, a cell of the latent grid
 LEAST = 1e-6  # of a map's values, so that logarithms are finite
 PIXEL_CLIP, PIXEL_SIGMA = 0.4, 3.0
 LATENT_CLIP, LATENT_SIGMA = 0.2, 1.0
@@ -121,6 +122,12 @@ class NormalRange(nn.Module):
         rings = _rings(size).to(maps).flatten(1)
         median, high = ((limit[category, column] @ rings).view(-1, 1, *size) for limit in (self.median, self.high))
         return 1 + ((torch.maximum(maps, median) / median).log() / (high / median).log()).square()
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+        for name in (f"{prefix}median", f"{prefix}high"):
+            if name in state_dict and state_dict[name].ndim == 2:  # of when there were no rings
+                state_dict[name] = state_dict[name][:, :, None].repeat(1, 1, RINGS)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _rings(size: Sequence[int]) -> torch.Tensor:

@@ -39,7 +39,6 @@ from decodiff_anomalib.conditioning import (
     vocabulary,
 )
 from decodiff_anomalib.data.images import check_folders, image_paths, inspect_images, restore_depth
-from decodiff_anomalib.discrepancy import RINGS
 from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.presets import PRESETS, Preset
@@ -813,16 +812,9 @@ def _as_settings(preset: str, given: dict[str, Any], others: dict[str, Any]) -> 
 
 
 def _of_today(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights as they are now.
-
-    The bank of the feature level was the feature latents' once, and normal ranges were the same at the border.
-    """
+    """Weights by the names they have now: the bank of the feature level was the feature latents' once."""
     moved = {f"model.feature_latents.{name}" for name in ("direction_center", "whitening", "bank")}
-    weights = {
+    return {
         name.replace("feature_latents", "novelty.feature") if name in moved else name: values
         for name, values in weights.items()
     }
-    for name in ("model.normal_range.median", "model.normal_range.high"):
-        if name in weights and weights[name].ndim == 2:
-            weights[name] = weights[name][:, :, None].repeat(1, 1, RINGS)
-    return weights
