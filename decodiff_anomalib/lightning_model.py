@@ -423,11 +423,11 @@ class DeCoDiff(AnomalibModule):
             buffer.copy_(self.trainer.strategy.broadcast(buffer))
 
     def _set_duration(self) -> None:
-        """Train for the preset's steps, and validate a few times rather than every epoch."""
+        """Train for the preset's steps, and validate a few times rather than every epoch, unless told when to."""
         trainer, steps = self.trainer, self.settings.train_steps
         trainer.fit_loop.max_epochs = math.ceil(steps / self._steps_per_epoch)
         trainer.fit_loop.epoch_loop.max_steps = steps
-        if trainer.check_val_every_n_epoch == 1:
+        if trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0:  # Lightning's defaults
             trainer.check_val_every_n_epoch = None  # then Lightning counts batches, over epochs
             trainer.val_check_batch = math.ceil(steps / VALIDATIONS_PER_FIT) * trainer.accumulate_grad_batches
 

@@ -1,8 +1,9 @@
 """A first data set without a download: photographs bundled with scikit-image, cut up and damaged on purpose.
 
-Three photographed surfaces become three categories in MVTec AD's folder layout. Training crops come from one part of
-each photograph and test crops from another, so no pixel of the test set is ever trained on. The defects are painted
-with light, shadow and soft edges: plain to a person, but not separable by brightness alone.
+Three photographed surfaces become three categories in MVTec AD's folder layout. Crops for training, validation and test
+come from three parts of each photograph: no pixel of one is ever in another, and thresholds rest on images as new as
+those of the test. The defects are painted with light, shadow and soft edges: plain to a person, but not separable by
+brightness alone.
 """
 
 import hashlib
@@ -12,10 +13,12 @@ from collections.abc import Callable, Iterable
 from importlib.resources import as_file, files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias
 
 import numpy as np
 from anomalib.data.datamodules.image.mvtecad import MVTecAD
+from anomalib.data.datasets.image.mvtecad import MVTecADDataset
+from anomalib.data.utils import ValSplitMode
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image as PILImage
@@ -27,21 +30,22 @@ logger = logging.getLogger(__name__)
 
 Image: TypeAlias = NDArray[np.float64]  # (H, W), grey, in [0, 1]
 Coverage: TypeAlias = NDArray[np.float64]  # (H, W), how much a pixel is covered, in [0, 1]
-ValSplit: TypeAlias = Literal["from_train", "synthetic"]
 
-VERSION = "v1"  # part of the cache's path and of nothing else: raise it with every change to the images
+VERSION = "v2"  # part of the cache's path and of nothing else: raise it with every change to the images
 MANIFEST = "manifest.json"
 
 # Each category with the material that its "foreign" defect brings in.
 FOREIGN_MATERIAL = {"brick": "grass", "grass": "gravel", "gravel": "grass"}
 
-# Columns of the photographs (512 wide). The gap is a stone or a blade wide, so that none is seen on both sides.
-TRAIN_COLUMNS = slice(0, 304)
-TEST_COLUMNS = slice(320, 512)
+# Rows and columns of the photographs (512 x 512). Gaps are a stone or a blade wide, so that none is seen on both sides.
+TRAIN_PART = slice(0, 512), slice(0, 304)
+VALIDATION_PART = slice(0, 176), slice(320, 512)
+TEST_PART = slice(192, 512), slice(320, 512)
 CROP_SIZE = 160
 IMAGE_SIZE = 256
 
 NUM_TRAIN = 80
+NUM_VALIDATION = 24
 NUM_TEST_GOOD = 24
 NUM_TEST_PER_DEFECT = 8
 
@@ -50,8 +54,7 @@ class DemoTextures(MVTecAD):
     """Anomalib datamodule of photographed textures with painted defects; needs no network.
 
     The images are made on first use (a few seconds, 17 MB), kept, and identical however often they are made. Unlike
-    its parent, it never validates on the test set: thresholds come from held-out normal images, or from anomalies
-    that Anomalib synthesises on them.
+    its parent, it never validates on the test set but on normal images of their own.
 
     Args:
         root: Folder below which the images are kept. Defaults to the user's cache folder.
@@ -59,19 +62,16 @@ class DemoTextures(MVTecAD):
         train_batch_size: Batch size for training.
         eval_batch_size: Batch size for validation and test.
         num_workers: Loader processes. None by default: starting them takes longer than reading so few small images.
-        val_split_mode: ``"from_train"`` holds out normal training images; ``"synthetic"`` also damages half of them.
-        val_split_ratio: Share of the training images held out, in (0, 1).
-        seed: Seed of that split. The images themselves do not depend on it.
 
     Raises:
-        ValueError: If ``category`` is unknown, or ``val_split_mode`` gives no validation images besides the test set.
+        ValueError: If ``category`` is unknown.
 
     Example:
         >>> datamodule = DemoTextures(category="gravel")
         >>> datamodule.prepare_data()
         >>> datamodule.setup()
         >>> len(datamodule.train_data), len(datamodule.val_data), len(datamodule.test_data)
-        (68, 12, 64)
+        (80, 24, 64)
     """
 
     def __init__(
@@ -81,18 +81,9 @@ class DemoTextures(MVTecAD):
         train_batch_size: int = 8,
         eval_batch_size: int = 8,
         num_workers: int = 0,
-        val_split_mode: ValSplit = "from_train",
-        val_split_ratio: float = 0.15,
-        seed: int | None = 0,
     ) -> None:
         if category not in FOREIGN_MATERIAL:
             msg = f"Unknown category {category!r}; DemoTextures has {', '.join(FOREIGN_MATERIAL)}."
-            raise ValueError(msg)
-        if val_split_mode not in get_args(ValSplit):
-            msg = (
-                f"val_split_mode={val_split_mode!r} gives thresholds no images besides the test set; "
-                f"choose {' or '.join(get_args(ValSplit))}."
-            )
             raise ValueError(msg)
         cache = user_cache_path("decodiff_anomalib", appauthor=False) if root is None else Path(root)
         super().__init__(
@@ -102,10 +93,12 @@ class DemoTextures(MVTecAD):
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
-            val_split_mode=val_split_mode,
-            val_split_ratio=val_split_ratio,
-            seed=seed,
+            val_split_mode=ValSplitMode.FROM_DIR,
         )
+
+    def _setup(self, _stage: str | None = None) -> None:
+        super()._setup(_stage)
+        self.val_data = MVTecADDataset(root=self.root, category=self.category, split="validation")
 
     def prepare_data(self) -> None:
         """Make the images of all categories unless they are there, complete and unaltered.
@@ -128,7 +121,8 @@ def build_textures(folder: Path) -> None:
     """Write all categories to ``folder``, all at once or not at all; what was there before is replaced.
 
     Args:
-        folder: ``<category>/train/good``, ``test/good``, ``test/<defect>`` and ``ground_truth/<defect>`` go below it.
+        folder: ``<category>/train/good``, ``validation/good``, ``test/good``, ``test/<defect>`` and
+            ``ground_truth/<defect>`` go below it.
 
     Raises:
         ImportError: If scikit-image or its photographs are missing.
@@ -180,12 +174,17 @@ def _load_photograph(category: str) -> Image:
 
 
 def _write_category(folder: Path, photograph: Image, foreign: Image, rng: Generator) -> None:
-    _write_images(folder / "train" / "good", (_crop(photograph, TRAIN_COLUMNS, rng) for _ in range(NUM_TRAIN)))
-    _write_images(folder / "test" / "good", (_crop(photograph, TEST_COLUMNS, rng) for _ in range(NUM_TEST_GOOD)))
+    parts = {
+        "train": (TRAIN_PART, NUM_TRAIN),
+        "validation": (VALIDATION_PART, NUM_VALIDATION),
+        "test": (TEST_PART, NUM_TEST_GOOD),
+    }
+    for name, (part, number) in parts.items():
+        _write_images(folder / name / "good", (_crop(photograph, part, rng) for _ in range(number)))
     for name, paint in DEFECTS.items():
         images, masks = [], []
         for _ in range(NUM_TEST_PER_DEFECT):
-            clean, other = _crop(photograph, TEST_COLUMNS, rng), _crop(foreign, TEST_COLUMNS, rng)
+            clean, other = _crop(photograph, TEST_PART, rng), _crop(foreign, TEST_PART, rng)
             image, mask = _damage(clean, other, paint, rng)
             images.append(image)
             masks.append(mask)
@@ -203,9 +202,9 @@ def _write_images(folder: Path, images: Iterable[Image | NDArray[np.bool_]], suf
 # --- The images ---
 
 
-def _crop(photograph: Image, columns: slice, rng: Generator) -> Image:
-    """Cut a random square out of ``columns``, enlarge it, and vary exposure and orientation as a camera would."""
-    region = photograph[:, columns]
+def _crop(photograph: Image, part: tuple[slice, slice], rng: Generator) -> Image:
+    """Cut a random square out of a part, enlarge it, and vary exposure and orientation as a camera would."""
+    region = photograph[part]
     top, left = (rng.integers(side - CROP_SIZE + 1) for side in region.shape)
     square = region[top : top + CROP_SIZE, left : left + CROP_SIZE]
     square = square[:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]

@@ -22,6 +22,7 @@ from anomalib.data.datamodules.image.tabular import Tabular
 from anomalib.data.datasets.base.depth import AnomalibDepthDataset
 from anomalib.data.datasets.base.image import AnomalibDataset
 from anomalib.data.datasets.base.video import AnomalibVideoDataset
+from anomalib.data.datasets.image.tabular import TabularDataset
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from anomalib.utils.attrs import get_nested_attr
 from anomalib.utils.path import generate_output_filename
@@ -32,6 +33,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import Transform
 
 SUBSETS = ("train", "val", "test")
+VALIDATION = "validation"  # the folder's name, as in MVTec LOCO
 
 
 class MultiCategory(AnomalibDataModule):
@@ -50,7 +52,8 @@ class MultiCategory(AnomalibDataModule):
 
     Args:
         root: Folder of ``<category>/train/good``, ``<category>/test/<good or defect>`` and, optionally,
-            ``<category>/ground_truth/<defect>``, with masks named like their image or with ``_mask`` added.
+            ``<category>/ground_truth/<defect>``, with masks named like their image or with ``_mask`` added, and
+            ``<category>/validation/good``.
         categories: Names of the categories to use, in the order of their indices. All by default, sorted for ``root``
             and as given for ``datamodules``.
         datamodules: Category name to an image datamodule, or to its ``class_path`` and ``init_args``. Their roots,
@@ -62,9 +65,10 @@ class MultiCategory(AnomalibDataModule):
         train_augmentations: Transform of the training images, for each category whose datamodule brings none.
         val_augmentations: The same for validation.
         test_augmentations: The same for test.
-        val_split_mode: As in Anomalib, for each category by itself. By default normal training images are held out;
-            ``from_test`` and ``same_as_test`` let test images set the thresholds.
-        val_split_ratio: Share of each category that is held out, in (0, 1).
+        val_split_mode: As in Anomalib, for each category by itself. By default a category's own validation images are
+            used, of ``validation/good`` or of its datamodule, and normal training images are held out where it has
+            none; ``from_test`` and ``same_as_test`` let test images set the thresholds.
+        val_split_ratio: Share of a category that is held out, in (0, 1).
         balance: Draw every category equally often in training, with replacement: in an epoch, as long as without it,
             images of small categories come several times and some of large ones not at all.
         seed: Seed of the splits and of the order of the training images.
@@ -129,7 +133,7 @@ class MultiCategory(AnomalibDataModule):
         if self.root is not None:
             folders = _find_categories(self.root)
             self.categories = _choose(categories, list(folders))
-            self.datamodules = {name: Tabular(name, _read_layout(folders[name])) for name in self.categories}
+            self.datamodules = {name: CategoryFolder(name, _read_layout(folders[name])) for name in self.categories}
         else:
             self.categories = _choose(categories, list(datamodules))
             self.datamodules = {name: _as_datamodule(datamodules[name]) for name in self.categories}
@@ -211,8 +215,9 @@ class MultiCategory(AnomalibDataModule):
         self._warn_of_shared_pictures()
 
     def _split(self, inner: AnomalibDataModule) -> None:
+        has_its_own = inner.val_split_mode == ValSplitMode.FROM_DIR and self.val_split_mode == ValSplitMode.FROM_TRAIN
         inner.seed, inner.val_split_ratio = self.seed, self.val_split_ratio
-        inner.val_split_mode = ValSplitMode.NONE
+        inner.val_split_mode = ValSplitMode.FROM_DIR if has_its_own else ValSplitMode.NONE
         inner.setup()
         num_train = len(inner.train_data)
         if not num_train:
@@ -221,7 +226,8 @@ class MultiCategory(AnomalibDataModule):
         if isinstance(inner.train_data, AnomalibDepthDataset | AnomalibVideoDataset):
             msg = f"{type(inner.train_data).__name__} gives no plain images. Use an image datamodule."
             raise TypeError(msg)
-        inner.val_split_mode = self.val_split_mode
+        if not has_its_own:
+            inner.val_split_mode = self.val_split_mode
         inner._create_val_split()  # noqa: SLF001 - a method of our own base class, which setup() would call too early
         if self.val_split_mode != ValSplitMode.NONE and not len(getattr(inner, "val_data", ())):
             msg = (
@@ -310,6 +316,24 @@ class MultiCategory(AnomalibDataModule):
             collate_fn=self.external_collate_fn or dataset.collate_fn,
             **batching,
         )
+
+
+class CategoryFolder(Tabular):
+    """One category below the root, with its own validation images where it has some.
+
+    Args:
+        name: Of the category.
+        samples: What :func:`_read_layout` found.
+    """
+
+    def __init__(self, name: str, samples: pd.DataFrame) -> None:
+        has_its_own = (samples.split == VALIDATION).any()
+        super().__init__(name, samples, val_split_mode=ValSplitMode.FROM_DIR if has_its_own else ValSplitMode.NONE)
+
+    def _setup(self, _stage: str | None = None) -> None:
+        super()._setup(_stage)
+        if self.val_split_mode == ValSplitMode.FROM_DIR:
+            self.val_data = TabularDataset(self.name, samples=self._unprocessed_samples, split=VALIDATION)
 
 
 # --- Items and batches that know their category ---
@@ -537,7 +561,7 @@ def _read_layout(folder: Path) -> pd.DataFrame:
                 "mask_path": masks.get((path.parent.name, path.stem), ""),
             }
             for path in paths
-            if path.parts[-3] in {Split.TRAIN.value, Split.TEST.value}
+            if path.parts[-3] in {Split.TRAIN.value, Split.TEST.value} or path.parts[-3:-1] == (VALIDATION, "good")
         ]
     )
     if samples.empty or not (samples.split == Split.TRAIN.value).any():

@@ -102,8 +102,7 @@ def test_corrected_images_show_no_defect_and_normal_ones_stay(checkpoint: Path, 
     found = defective & (before > threshold)
     assert found.sum() > 10
     assert (after[found] > threshold).float().mean() < 0.5
-    # the crops of one photograph overlap: thresholds lie too low for those of another part of it, see the README
-    assert (after[~defective] > threshold).sum() <= (before[~defective] > threshold).sum()
+    assert (after[~defective] > threshold).float().mean() < 0.1
 
 
 def scores(engine: Engine, datamodule: DemoTextures, **arguments) -> dict[str, torch.Tensor]:
@@ -123,7 +122,7 @@ def test_a_checkpoint_alone_restores_everything_to_the_bit(checkpoint: Path, dat
     through_engine = scores(engine, datamodule, model=DeCoDiff(), ckpt_path=checkpoint)  # of another preset
     for name, value in direct.items():
         assert torch.equal(value, through_engine[name]), name
-    assert direct["pred_label"].any()
+    assert 0 < direct["pred_label"].float().mean() < 1
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert any(name.startswith("model.codec.") for name in state)
 
@@ -283,8 +282,11 @@ def test_what_a_gpu_trained_predicts_alike_on_the_cpu(gravel: Path, tmp_path: Pa
 class StepsOfValidation(Callback):
     """After which training steps thresholds were set."""
 
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.last = trainer.global_step
+        self.steps.append(trainer.global_step)
 
 
 @pytest.mark.parametrize(
@@ -294,10 +296,23 @@ def test_a_duration_given_to_the_trainer_goes_first(gravel: Path, tmp_path: Path
     data = MVTecAD(gravel.parent, gravel.name, train_batch_size=16, num_workers=0)  # 68 images, read by 4: 17 steps
     validation = StepsOfValidation()
     model = fit(tmp_path, data, engine=engine | {"callbacks": [validation]})
-    assert model.trainer.global_step == validation.last == steps
+    assert model.trainer.global_step == validation.steps[-1] == steps
     saved = DeCoDiff.load_from_checkpoint(next(tmp_path.rglob("*.ckpt")))
     assert saved.post_processor.calibrated
     assert torch.equal(saved.post_processor.image_thresholds, model.post_processor.image_thresholds)
+
+
+@pytest.mark.parametrize(
+    ("engine", "steps"),
+    [({}, [7, 14, 20]), ({"val_check_interval": 4}, [4, 8, 12, 16, 20]), ({"check_val_every_n_epoch": 2}, [20])],
+)
+def test_validation_comes_when_the_trainer_is_told_to(
+    gravel: Path, tmp_path: Path, engine: dict, steps: list[int]
+) -> None:
+    data = MVTecAD(gravel.parent, gravel.name, num_workers=0)  # 17 steps an epoch
+    validation = StepsOfValidation()
+    fit(tmp_path, data, engine=engine | {"callbacks": [validation]}, train_steps=20)
+    assert validation.steps == steps
 
 
 def test_broken_images_stop_before_training(gravel: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from anomalib.data.utils import ValSplitMode
 from PIL import Image
 
 from decodiff_anomalib.data import DemoTextures, demo
@@ -23,7 +22,7 @@ def root(tmp_path_factory):
 @pytest.fixture
 def few_images(monkeypatch):
     monkeypatch.setattr(demo, "FOREIGN_MATERIAL", {"gravel": "gravel"})
-    for name in ("NUM_TRAIN", "NUM_TEST_GOOD", "NUM_TEST_PER_DEFECT"):
+    for name in ("NUM_TRAIN", "NUM_VALIDATION", "NUM_TEST_GOOD", "NUM_TEST_PER_DEFECT"):
         monkeypatch.setattr(demo, name, 1)
 
 
@@ -43,14 +42,14 @@ def test_splits_hold_the_promised_images(root, category):
     datamodule.setup()
     train, val, test = (data.samples for data in (datamodule.train_data, datamodule.val_data, datamodule.test_data))
 
-    assert (len(train), len(val), len(test)) == (68, 12, 64)
+    assert (len(train), len(val), len(test)) == (80, 24, 64)
     assert (train.label_index == 0).all()
     assert (val.label_index == 0).all()
     assert test.label.value_counts().to_dict() == {
         "good": 24, "crack": 8, "foreign": 8, "smear": 8, "stain": 8, "wire": 8
     }  # fmt: skip
     paths = [set(samples.image_path) for samples in (train, val, test)]
-    assert len(set.union(*paths)) == 68 + 12 + 64
+    assert len(set.union(*paths)) == 80 + 24 + 64
 
 
 def test_batches_carry_images_and_masks(root):
@@ -61,40 +60,23 @@ def test_batches_carry_images_and_masks(root):
     assert torch.equal(batch.gt_mask.flatten(1).any(1), batch.gt_label.bool())
 
 
-def test_val_split_repeats_and_follows_the_seed(root):
-    def held_out(seed):
-        datamodule = DemoTextures(root=root, seed=seed)
-        datamodule.setup()
-        return set(datamodule.val_data.samples.image_path)
-
-    assert held_out(0) == held_out(0) != held_out(1)
-
-
-def test_synthetic_validation_leaves_the_test_set_alone(root):
-    datamodule = DemoTextures(root=root, val_split_mode="synthetic")
-    datamodule.setup()
-    assert set(datamodule.val_data.samples.label_index) == {0, 1}
-    assert len(datamodule.test_data) == 64
-
-
-@pytest.mark.parametrize("mode", ["same_as_test", ValSplitMode.FROM_TEST, "none"])
-def test_validation_without_images_of_its_own_is_refused(mode):
-    with pytest.raises(ValueError, match="no images besides the test set; choose from_train or synthetic"):
-        DemoTextures(val_split_mode=mode)
-
-
 def test_unknown_category_is_refused():
     with pytest.raises(ValueError, match="'sand'; DemoTextures has brick, grass, gravel"):
         DemoTextures(category="sand")
 
 
-def test_train_and_test_come_from_different_parts_of_the_photograph():
+@pytest.mark.parametrize("name", ["TRAIN_PART", "VALIDATION_PART", "TEST_PART"])
+def test_subsets_come_from_different_parts_of_the_photograph(name):
+    parts = {other: getattr(demo, other) for other in ("TRAIN_PART", "VALIDATION_PART", "TEST_PART")}
     marked = np.zeros((512, 512))
-    marked[:, demo.TRAIN_COLUMNS] = 1
+    marked[parts[name]] = 1
     rng = np.random.default_rng(0)
-    for _ in range(200):
-        assert demo._crop(marked, demo.TRAIN_COLUMNS, rng).min() > 0.89  # the darkest exposure of white
-        assert demo._crop(marked, demo.TEST_COLUMNS, rng).max() == 0
+    for other, part in parts.items():
+        crops = [demo._crop(marked, part, rng) for _ in range(200)]
+        if other == name:
+            assert min(crop.min() for crop in crops) > 0.89  # the darkest exposure of white
+        else:
+            assert max(crop.max() for crop in crops) == 0
 
 
 @pytest.mark.parametrize("category", demo.FOREIGN_MATERIAL)
@@ -104,13 +86,13 @@ def test_mask_is_where_the_image_was_damaged(category, defect):
     foreign = demo._load_photograph(demo.FOREIGN_MATERIAL[category])
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        clean, other = (demo._crop(source, demo.TEST_COLUMNS, rng) for source in (photograph, foreign))
+        clean, other = (demo._crop(source, demo.TEST_PART, rng) for source in (photograph, foreign))
         damaged, mask = demo._damage(clean, other, demo.DEFECTS[defect], rng)
         change = np.abs(damaged - clean)
         assert 0.003 < mask.mean() < 0.15
         assert change[~mask].max() == 0
         assert np.mean(change[mask] > 2 / 255) > 0.5
-        assert change.max() > 0.1
+        assert change.max() > 20 / 255
 
 
 def test_files_pair_images_with_masks(root):

@@ -151,6 +151,34 @@ def test_validation_ignores_what_the_inner_datamodules_would_do(root):
     assert all_paths(datamodule.val_data) == all_paths(set_up(root, categories=["bolt", "tile"]).val_data)
 
 
+@pytest.fixture
+def own_validation(tmp_path):
+    """Two categories, of which one brings validation images, a defective one among them that is nobody's business."""
+    for name in ("bolt", "tile"):
+        write_category(tmp_path, name)
+    for name in ("good/000", "good/001", "dent/000"):
+        write(tmp_path / "bolt" / "validation" / f"{name}.png", SIZES["bolt"], 255)
+    return tmp_path
+
+
+def test_a_categorys_own_validation_images_are_used(own_validation):
+    own = {str(path) for path in (own_validation / "bolt" / "validation" / "good").iterdir()}
+    datamodule = set_up(own_validation)
+    assert datamodule.counts["train normal"].to_dict() == {"bolt": 40, "tile": 7, "total": 47}
+    assert datamodule.counts["val normal"].to_dict() == {"bolt": 2, "tile": 1, "total": 3}
+    assert own < all_paths(datamodule.val_data)
+    assert datamodule.val_data[0].image.min() == 1
+
+    joined = set_up(datamodules=datamodule.datamodules)
+    assert own < all_paths(joined.val_data)
+
+
+def test_other_validation_goes_first_where_it_is_asked_for(own_validation):
+    assert not hasattr(set_up(own_validation, val_split_mode="none"), "val_data")
+    on_test = set_up(own_validation, val_split_mode="same_as_test")
+    assert all_paths(on_test.val_data) == all_paths(on_test.test_data)
+
+
 @pytest.mark.parametrize("mode", ["same_as_test", ValSplitMode.SAME_AS_TEST])
 def test_validation_on_the_test_set_only_when_asked_for(root, mode):
     datamodule = set_up(root, val_split_mode=mode)
