@@ -26,6 +26,8 @@ from platformdirs import user_cache_path
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, shift
 from scipy.spatial import cKDTree
 
+from decodiff_anomalib.data.multi_category import VALIDATION
+
 logger = logging.getLogger(__name__)
 
 Image: TypeAlias = NDArray[np.float64]  # (H, W), grey, in [0, 1]
@@ -98,7 +100,7 @@ class DemoTextures(MVTecAD):
 
     def _setup(self, _stage: str | None = None) -> None:
         super()._setup(_stage)
-        self.val_data = MVTecADDataset(root=self.root, category=self.category, split="validation")
+        self.val_data = MVTecADDataset(root=self.root, category=self.category, split=VALIDATION)
 
     def prepare_data(self) -> None:
         """Make the images of all categories unless they are there, complete and unaltered.
@@ -176,7 +178,7 @@ def _load_photograph(category: str) -> Image:
 def _write_category(folder: Path, photograph: Image, foreign: Image, rng: Generator) -> None:
     parts = {
         "train": (TRAIN_PART, NUM_TRAIN),
-        "validation": (VALIDATION_PART, NUM_VALIDATION),
+        VALIDATION: (VALIDATION_PART, NUM_VALIDATION),
         "test": (TEST_PART, NUM_TEST_GOOD),
     }
     for name, (part, number) in parts.items():
