@@ -1,4 +1,4 @@
-"""The ``decodiff`` command: what Anomalib's own command line has no place for. Training stays ``anomalib train``."""
+"""The ``decodiff`` command: verbs that Anomalib's command line cannot hold. Training stays ``anomalib train``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 VERBS: dict[str, str] = {
-    "benchmark": "decodiff_anomalib.benchmark:benchmark",
+    "benchmark": "decodiff_anomalib.benchmark.command:benchmark",
     "convert": "decodiff_anomalib.weights:convert",
-    "reproduce": "decodiff_anomalib.reproduce:reproduce",
+    "settings": "decodiff_anomalib.presets:show_settings",
+    "reproduce": "decodiff_anomalib.benchmark.reproduce:reproduce",
 }
-"""Verb to ``module:function``. Only the verb that is asked for is imported; its signature makes its command line."""
+"""Verb to ``module:function``. Only the chosen verb is imported; its signature defines its command line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb, or print what there is.
+    """Run one verb, or print the list of verbs.
 
     Args:
         arguments: Command line without the program's name. Defaults to that of the process.

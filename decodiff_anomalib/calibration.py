@@ -1,16 +1,23 @@
-"""The limit that normal images exceed at a stated rate, from a few dozen of them."""
+"""Limits and ranges measured on held-out normal images."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from scipy import stats
+from torch import nn
+
+HIGH_QUANTILE = 0.99
+RINGS = 4  # three along the border, and the interior
+RING_WIDTH = 8  # pixels, a cell of the latent grid
+SMALLEST = 1e-6  # of a map's values, so that logarithms are finite
 
 
 def prediction_limit(values: torch.Tensor, rate: float) -> torch.Tensor:
-    """Upper prediction limit of one more of the log-normal ``values``.
+    """Upper prediction limit for one further value of a log-normal sample (Student's t on the logarithms).
 
-    Student's t on their logarithms: unlike a quantile, it stays honest on a few dozen values, of which one in a hundred
-    cannot be read off.
+    Unlike an empirical quantile it can be stated for rates below ``1 / N`` (Hahn & Meeker, "Statistical Intervals",
+    one-sided prediction bound for a normal distribution).
 
     Args:
         values: ``(N,)``, at least 0, of normal images; 2 or more.
@@ -23,3 +30,58 @@ def prediction_limit(values: torch.Tensor, rate: float) -> torch.Tensor:
     count = len(logs)
     quantile = float(stats.t.ppf(1 - rate, df=count - 1))
     return (logs.mean() + quantile * logs.std() * math.sqrt(1 + 1 / count)).exp()
+
+
+class NormalRange(nn.Module):
+    """Range of each level's map on normal images, and by how much other values exceed it.
+
+    A value ``x`` becomes ``1 + (max(0, log(x / median)) / log(high / median))^2``, with the median and the 99 %
+    quantile ``high`` of normal images: 1 up to the median and 2 at ``high``, whatever the units of the level. The
+    square keeps one level that stands out visible in a mean over levels. The offset of 1 keeps the logarithms of normal
+    scores, on which thresholds are set, close together.
+
+    Ranges are separate for each category and for rings along the border, where objects are cut off, receptive fields
+    are padded, and the values of normal images are higher than inside.
+
+    Args:
+        levels: Names of the maps.
+        num_categories: ``K``; row ``K`` of each table is fitted to all categories and serves unknown images.
+    """
+
+    def __init__(self, levels: Sequence[str], num_categories: int) -> None:
+        super().__init__()
+        self.levels = tuple(levels)
+        self.median: torch.Tensor
+        self.high: torch.Tensor
+        # Until fitted, the mapping is increasing, so that the ranking is kept.
+        self.register_buffer("median", torch.full((num_categories + 1, len(self.levels), RINGS), SMALLEST))
+        self.register_buffer("high", torch.ones(num_categories + 1, len(self.levels), RINGS))
+
+    @torch.no_grad()
+    def fit(self, row: int, level: str, maps: torch.Tensor) -> None:
+        """Set the range of ``level`` of category ``row`` from ``maps`` ``(N, 1, H, W)`` of normal images."""
+        column, ring = self.levels.index(level), _rings(maps.shape[-2:]).argmax(0).to(maps.device)[::4, ::4]
+        for index in range(RINGS):
+            # Small images have fewer rings; their innermost one serves for the rest.
+            values = maps[:, 0, ::4, ::4][:, ring == min(index, int(ring.max()))].flatten().float()
+            median = values.median().clamp_min(SMALLEST)
+            high = values.kthvalue(max(1, round(HIGH_QUANTILE * len(values)))).values
+            self.median[row, column, index] = median
+            self.high[row, column, index] = torch.maximum(high, 1.01 * median)
+
+    def forward(self, maps: torch.Tensor, level: str, category: torch.Tensor) -> torch.Tensor:
+        """Excess ``(B, 1, H, W)``, at least 1, of a level's ``maps`` ``(B, 1, H, W)`` of ``category`` ``(B,)``."""
+        column, size = self.levels.index(level), maps.shape[-2:]
+        rings = _rings(size).to(maps).flatten(1)
+        median, high = ((limit[category, column] @ rings).view(-1, 1, *size) for limit in (self.median, self.high))
+        return 1 + ((torch.maximum(maps, median) / median).log() / (high / median).log()).square()
+
+
+def _rings(size: Sequence[int]) -> torch.Tensor:
+    """Weight of each ring for each pixel, ``(RINGS, H, W)``, sum 1 over the rings; the last ring is the interior.
+
+    Linear between the centres of the rings, so that maps have no steps.
+    """
+    rows, columns = (torch.minimum(torch.arange(side), torch.arange(side).flip(0)) for side in size)
+    depth = (torch.minimum(rows[:, None], columns[None]) + 0.5) / RING_WIDTH - 0.5
+    return (1 - (depth.clamp(0, RINGS - 1) - torch.arange(RINGS)[:, None, None]).abs()).clamp_min(0)

@@ -1,13 +1,12 @@
-"""Which product category an image is of: its name in training, inferred from the image afterwards.
+"""Conditioning on the product category: given by name in training, inferred from the image afterwards.
 
-A model knows ``K`` categories by their index ``0 ... K - 1``. The index ``K`` means *unknown*: an image of none of
-them, or one of which nothing is to be assumed. Every table with a row for each category has one more for it.
+A model has ``K`` categories with index ``0 ... K - 1``. Index ``K`` means *unknown*: an image of none of them. Tables
+with a row for each category have one more row for it.
 """
 
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -16,42 +15,42 @@ from decodiff_anomalib.paper import CATEGORY_ORDER
 
 UNKNOWN, INFERRED, GIVEN = "unknown", "inferred", "given"
 RESERVED = (UNKNOWN, INFERRED, GIVEN)
-"""What a model's ``category`` can be besides a name."""
+"""Values of a model's ``category`` that are not the name of one."""
 
-LONE = "product"
+DEFAULT_CATEGORY = "product"
 """Name of the category of data that name none."""
 
 CELLS = 8
 QUANTILES = (0.3, 0.7)
 SPREAD_FLOOR = 0.3
-FALSE_FLAG_RATE, MARGIN = 0.01, 1.5
+UNKNOWN_RATE, MARGIN = 0.01, 1.5
 
 
-def category_names(datamodule: LightningDataModule | None) -> tuple[str, ...]:
+def category_names(datamodule: object | None) -> tuple[str, ...]:
     """Names of the categories that a datamodule holds: ``MultiCategory``'s, or the one of any of Anomalib's.
 
     Raises:
-        ValueError: If a category has a name that means something else.
+        ValueError: If a category has a reserved name.
     """
     names = getattr(datamodule, "categories", None)
     if not names:
-        names = [getattr(datamodule, "category", None) or getattr(datamodule, "name", None) or LONE]
+        names = [getattr(datamodule, "category", None) or getattr(datamodule, "name", None) or DEFAULT_CATEGORY]
     taken = [name for name in names if name in RESERVED]
     if taken:
-        msg = f"A category cannot be called {taken[0]!r}; {', '.join(RESERVED)} mean something else. Rename it."
+        msg = f"A category cannot be called {taken[0]!r}; {', '.join(RESERVED)} are reserved. Rename it."
         raise ValueError(msg)
     return tuple(names)
 
 
 def vocabulary(names: Sequence[str], *, published_table: bool = False) -> tuple[str, ...]:
-    """Put names of categories in the order of their indices.
+    """Names of categories in the order of their indices.
 
-    Those of MVTec AD and of VisA come in the authors' order, others as they are.
+    Categories of MVTec AD and of VisA are in the order of the authors' tables, others in the given order.
 
     Args:
         names: Of the categories to train on.
-        published_table: Whether MVTec AD's and VisA's categories bring all of their data set's, as the authors' models
-            know them even where they are trained on a few.
+        published_table: Whether categories of MVTec AD or VisA get the table of the whole data set, as in the authors'
+            models, even if only some of them are trained on.
     """
     for published in CATEGORY_ORDER.values():
         if set(names) <= set(published):
@@ -60,20 +59,39 @@ def vocabulary(names: Sequence[str], *, published_table: bool = False) -> tuple[
 
 
 def category_indices(names: Sequence[str], categories: Sequence[str]) -> torch.Tensor:
-    """Index ``(B,)`` of each of ``names`` in ``categories``; their number, which means unknown, where it is none."""
+    """Index ``(B,)`` of each of ``names`` in ``categories``; their number, meaning unknown, for others."""
     index = {name: position for position, name in enumerate(categories)}
     return torch.tensor([index.get(name, len(categories)) for name in names])
 
 
+def fixed_category_index(category: str, categories: Sequence[str]) -> int | None:
+    """Index that a model's ``category`` fixes for all images; ``None`` where it is inferred or given.
+
+    Raises:
+        ValueError: If ``category`` is no reserved word and none of ``categories``.
+    """
+    if category in {INFERRED, GIVEN}:
+        return None
+    known = (*categories, UNKNOWN)
+    if category not in known:
+        msg = (
+            f"category={category!r} is none that the model was trained on; "
+            f"valid: {', '.join((*categories, *RESERVED))}."
+        )
+        raise ValueError(msg)
+    return known.index(category)
+
+
 class CategoryRouter(nn.Module):
-    """Infers the category of images from their visual features, and whether it is one of those trained on.
+    """Infers the category of images from their visual features, with an out-of-distribution score.
 
-    An image is described by two quantiles of each feature over a coarse grid, which a defect somewhere on it hardly
-    moves. Categories are Gaussians with one covariance: what normal images of a category differ by, plus what patches
-    of one image differ by. The latter keeps categories whose images are all alike from calling every change strange.
+    The descriptor of an image holds two quantiles of each feature over a coarse grid, which a local defect hardly
+    changes. Categories are Gaussians with a shared covariance: the variation between normal images of a category plus
+    the variation between the patches of one image. The second term keeps the covariance from collapsing where all
+    images of a category are alike. The distance is Mahalanobis', divided by the square root of the dimension.
 
-    An image is unknown where it is :data:`MARGIN` times further from the nearest category than the limit which one in a
-    hundred normal images of that category exceeds.
+    The out-of-distribution score is the distance from the nearest category relative to :data:`MARGIN` times the limit
+    that one in a hundred normal images of that category exceeds. An image is unknown where it is above 1.
 
     Args:
         num_categories: ``K``.
@@ -99,12 +117,12 @@ class CategoryRouter(nn.Module):
             features: ``(B, F, h, w)``.
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor]: Category index ``(B,)``, ``K`` for unknown, and strangeness ``(B,)``: the
-            distance from the nearest category in units of what that category's images are allowed, at least 0.
+            tuple[torch.Tensor, torch.Tensor]: Category index ``(B,)``, ``K`` for unknown, and out-of-distribution score
+            ``(B,)``, at least 0.
         """
         distance, nearest = self.distances(self.pool(features)).min(1)
-        strangeness = distance / self.limits[nearest]
-        return torch.where(strangeness > 1, len(self.trained), nearest), strangeness
+        ood_score = distance / self.limits[nearest]
+        return torch.where(ood_score > 1, len(self.trained), nearest), ood_score
 
     @staticmethod
     def pool(features: torch.Tensor) -> torch.Tensor:
@@ -113,19 +131,19 @@ class CategoryRouter(nn.Module):
 
     @staticmethod
     def describe(cells: torch.Tensor) -> torch.Tensor:
-        """Descriptions ``(B, 2F)`` of images of which :meth:`pool` made ``cells``."""
+        """Descriptors ``(B, 2F)`` of images from their pooled ``cells`` ``(B, F, CELLS^2)``."""
         quantiles = torch.tensor(QUANTILES, dtype=cells.dtype, device=cells.device)
         return torch.quantile(cells, quantiles, dim=-1).movedim(0, 1).flatten(1)
 
     def distances(self, cells: torch.Tensor) -> torch.Tensor:
-        """Distance ``(B, K)`` of each image from each category."""
+        """Mahalanobis distance ``(B, K)`` of each image from each category; infinite where it was not fitted."""
         whitened, prototypes = self.describe(cells) @ self.whitening, self.prototypes @ self.whitening
         distances = (whitened[:, None] - prototypes).square().mean(-1).sqrt()
         return torch.where(self.trained, distances, float("inf"))
 
     @torch.no_grad()
     def fit(self, cells: torch.Tensor, category: torch.Tensor) -> None:
-        """Learn the categories of normal images.
+        """Fit the Gaussians to normal images.
 
         Args:
             cells: Of :meth:`pool`, ``(N, F, CELLS^2)``.
@@ -147,12 +165,12 @@ class CategoryRouter(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, cells: torch.Tensor, category: torch.Tensor) -> None:
-        """Set how far from their category images may be, on normal images that :meth:`fit` has not seen; as there.
+        """Set the limits on held-out normal images; arguments as :meth:`fit`.
 
-        A category with fewer than two such images never calls one unknown.
+        A category with fewer than two of them has no limit: its images are never unknown.
         """
         distances = self.distances(cells)
         for index in category.unique():
             of_category = distances[category == index, index]
             if len(of_category) > 1:
-                self.limits[index] = MARGIN * prediction_limit(of_category, FALSE_FLAG_RATE)
+                self.limits[index] = MARGIN * prediction_limit(of_category, UNKNOWN_RATE)

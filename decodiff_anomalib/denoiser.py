@@ -1,7 +1,7 @@
 """The network that predicts deviations: diffusers' ``UNet2DConditionModel`` with one learned token per category.
 
-The published sizes XS to XL are represented exactly. Cross-attention over a single token is a constant per layer and
-category, so a small model loses nothing by attending only at its lowest resolution, as ``nano`` and ``tiny`` do.
+The published sizes XS to XL are represented exactly. Cross-attention over a single token is a constant for each layer
+and category, so small models lose nothing by having it at their lowest resolution only, as ``nano`` and ``tiny`` do.
 """
 
 import copy
@@ -23,13 +23,13 @@ class DenoiserSize:
         width: Channels at the finest resolution.
         head_channels: Channels of one attention head; their number grows with the width.
         context_width: Channels of the category token.
-        attention: Which of the three resolutions attend.
+        attention: Which of the three resolutions have attention.
         dropout: In the residual blocks.
         layers: Residual blocks of each resolution.
-        norm_groups: Groups of the group normalisations; one channel a group would hide how bright an image is.
+        norm_groups: Groups of the group normalisations; one channel a group would remove the brightness of an image.
         multipliers: Channels at each resolution, in units of ``width``.
         modulated: Whether timestep and category scale and shift the features of every residual block. As published, the
-            timestep only shifts them, and the category is attended to.
+            timestep only shifts them, and the category enters through cross-attention.
     """
 
     width: int
@@ -43,7 +43,13 @@ class DenoiserSize:
     modulated: bool = False
 
 
-SMALL = {"attention": (False, False, True), "dropout": 0.0, "layers": 1, "norm_groups": 8, "modulated": True}
+SMALL: dict[str, Any] = {
+    "attention": (False, False, True),
+    "dropout": 0.0,
+    "layers": 1,
+    "norm_groups": 8,
+    "modulated": True,
+}
 
 DENOISER_SIZES = {
     # for CPUs
@@ -75,7 +81,7 @@ class Denoiser(nn.Module):
         widths = [size.width * multiplier for multiplier in size.multipliers]
         down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in size.attention]
         up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(size.attention)]
-        self.unet = UNet2DConditionModel(
+        self.unet: Any = UNet2DConditionModel(
             sample_size=sample_size,
             in_channels=latent_channels,
             out_channels=latent_channels,
@@ -131,15 +137,15 @@ class Denoiser(nn.Module):
 
 
 class FoldedDenoiser(nn.Module):
-    """A denoiser for inference, with all that latents do not change worked out before; it predicts the same.
+    """A denoiser for inference in which everything that does not depend on the latents is precomputed.
 
-    A timestep reaches each residual block as a bias, which is known, or where the network is modulated through an
-    embedding that is. Cross-attention over the one token of a category adds a known vector too, whoever attends: a
-    softmax over one key is 1.
+    Its predictions are the same. A timestep enters each residual block as a constant bias or, where the network is
+    modulated, as a constant embedding. Cross-attention over a single token adds a constant vector for each category,
+    because a softmax over one key is 1.
 
     Args:
         denoiser: The denoiser, whose weights are shared.
-        timesteps: Those that it will be asked for.
+        timesteps: Those of the correction steps.
     """
 
     def __init__(self, denoiser: Denoiser, timesteps: Iterable[int]) -> None:
@@ -152,8 +158,8 @@ class FoldedDenoiser(nn.Module):
         return unet(latents, timesteps, encoder_hidden_states=category, class_labels=category, return_dict=False)[0]
 
 
-class _Known(nn.Module):
-    """Stands in for a module whose output is known."""
+class _Constant(nn.Module):
+    """Replaces a module whose output is constant."""
 
     def __init__(self, output: torch.Tensor) -> None:
         super().__init__()
@@ -164,21 +170,26 @@ class _Known(nn.Module):
         return self.output
 
 
-class _KnownOfCategory(_Known):
-    """The same where it depends on the category, which it is given; a row for each."""
+class _ConstantOfCategory(nn.Module):
+    """Replaces a module whose output depends on the category alone, which is passed as its input; a row for each."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output: torch.Tensor
+        self.register_buffer("output", output)
 
     def forward(self, category: torch.Tensor) -> torch.Tensor:
         return self.output[category]
 
 
-class _KnownAttention(nn.Module):
-    """Stands in for cross-attention over one token; is given the category instead."""
+class _ConstantAttention(nn.Module):
+    """Replaces cross-attention over one token; receives the category index in the place of the token."""
 
-    def __init__(self, attention: nn.Module, tokens: torch.Tensor) -> None:
+    def __init__(self, attention: Any, tokens: torch.Tensor) -> None:
         super().__init__()
-        anyone = tokens.new_zeros(len(tokens), 1, attention.query_dim)
+        queries = tokens.new_zeros(len(tokens), 1, attention.query_dim)
         self.of_category: torch.Tensor
-        self.register_buffer("of_category", attention(anyone, encoder_hidden_states=tokens.unsqueeze(1)))
+        self.register_buffer("of_category", attention(queries, encoder_hidden_states=tokens.unsqueeze(1)))
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
         del hidden_states
@@ -195,15 +206,15 @@ def _fold(denoiser: Denoiser, timestep: int) -> nn.Module:
     shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
     unet = copy.deepcopy(denoiser.unet, shared).eval()
     embedded = unet.time_embedding(unet.time_proj(torch.tensor([timestep], device=tokens.device)).to(tokens))
-    unet.time_embedding = _Known(embedded)
+    unet.time_embedding = _Constant(embedded)
     modulated = unet.class_embedding is not None
     if modulated:
-        unet.class_embedding = _KnownOfCategory(unet.class_embedding(tokens))
+        unet.class_embedding = _ConstantOfCategory(unet.class_embedding(tokens))
     for block in list(unet.modules()):
         if isinstance(block, ResnetBlock2D) and not modulated:
-            block.time_emb_proj = _Known(block.time_emb_proj(block.nonlinearity(embedded)))
+            block.time_emb_proj = _Constant(block.time_emb_proj(block.nonlinearity(embedded)))
         elif isinstance(block, BasicTransformerBlock):
-            block.attn2, block.norm2 = _KnownAttention(block.attn2, tokens), nn.Identity()
+            block.attn2, block.norm2 = _ConstantAttention(block.attn2, tokens), nn.Identity()
     return unet
 
 
@@ -216,7 +227,7 @@ def build_denoiser(
     """Build the UNet of a named size.
 
     Args:
-        size: A key of :data:`DENOISER_SIZES`, or a shape of your own, as such or as a dictionary of its fields.
+        size: A key of :data:`DENOISER_SIZES`, a :class:`DenoiserSize`, or a dictionary of its fields.
         latent_channels: Channels of the codec's latents.
         num_categories: Number of product categories.
         sample_size: Side of the latents.

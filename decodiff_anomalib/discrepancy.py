@@ -1,32 +1,32 @@
-"""How an image and its correction differ: pixel and latent maps, and their fusion with others.
+"""Discrepancy maps between an image and its correction, and their fusion.
 
-    P = G_3( clip(max over RGB |y - y_0|, 0, c_P) / c_P )
-    L = R( G_1( clip(mean over channels |z - z_0|, 0, c_L) / c_L ) )
+With ``y_0`` and ``y`` the decoded input and corrected latents, ``z_0`` and ``z`` the latents themselves:
+
+    P = G_3( clip(max over RGB |y - y_0|, 0, c_P) / c_P )                    pixel map
+    L = R( G_1( clip(mean over channels |z - z_0|, 0, c_L) / c_L ) )         latent map
+    A = sqrt(P L)  or  (P + L) / 2                                           geometric or arithmetic fusion
 
 ``G`` is a Gaussian blur with half-sample symmetric borders and ``R`` a linear up-scaling whose samples beyond the outer
-pixel centres are mirrored about them. With calibrated fusion the constants ``c`` are replaced by what is normal, see
-:class:`NormalRange`.
+pixel centres are mirrored about them, as in the authors' program; ``c_P = 0.4`` and ``c_L = 0.2`` are the paper's
+constants. :class:`decodiff_anomalib.calibration.NormalRange` can take their place.
+
+Reference: "Correcting Deviations from Normality" (arXiv 2503.19357), the paragraphs on anomaly maps of the method.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import torch
 from anomalib.models.components.filters import GaussianBlur2d
 from anomalib.models.components.filters.blur import compute_kernel_size
-from torch import nn
 
-HIGH_NORMAL = 0.99
-RINGS = 4  # three along the border, and all the rest
-RING_WIDTH = 8  # pixels, a cell of the latent grid
-LEAST = 1e-6  # of a map's values, so that logarithms are finite
 PIXEL_CLIP, PIXEL_SIGMA = 0.4, 3.0
 LATENT_CLIP, LATENT_SIGMA = 0.2, 1.0
 
 
 def gaussian_blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Blur ``maps`` ``(B, 1, H, W)``, borders continued as ``d c b a | a b c d`` (which torch's padding lacks).
+    """Gaussian blur ``G`` of ``maps`` ``(B, 1, H, W)``, padded as ``d c b a | a b c d`` (which torch's padding lacks).
 
-    A ``sigma`` of 0 leaves them as they are.
+    A ``sigma`` of 0 returns them unchanged.
     """
     if not sigma:
         return maps
@@ -41,7 +41,7 @@ def gaussian_blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def resize_mirrored(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Scale ``maps`` ``(B, 1, h, w)`` up to ``size`` linearly, mirroring about the outer pixel centres."""
+    """Linear up-scaling ``R`` of ``maps`` ``(B, 1, h, w)`` to ``size``, mirrored about the outer pixel centres."""
     for dim, length in ((-2, size[0]), (-1, size[1])):
         maps = torch.movedim(maps.movedim(dim, -1) @ _mirrored_weights(maps.shape[dim], length).to(maps), -1, dim)
     return maps
@@ -56,14 +56,14 @@ def _mirrored_weights(source: int, target: int) -> torch.Tensor:
 
 
 def saturate(raw: torch.Tensor, clip: float | None) -> torch.Tensor:
-    """Clip ``raw`` at ``clip`` and scale it to [0, 1]; ``None`` leaves it as it is."""
+    """Clip ``raw`` to ``[0, clip]`` and scale it to [0, 1]; ``None`` returns it unchanged."""
     return raw if clip is None else raw.clamp(0.0, clip) / clip
 
 
 def pixel_discrepancy(
     a: torch.Tensor, b: torch.Tensor, clip: float | None = PIXEL_CLIP, sigma: float = PIXEL_SIGMA
 ) -> torch.Tensor:
-    """Pixel map ``(B, 1, H, W)`` of two images ``(B, 3, H, W)`` as decoded (about [-1, 1], not clamped)."""
+    """Pixel map ``P`` ``(B, 1, H, W)`` of two images ``(B, 3, H, W)`` as decoded (about [-1, 1], not clamped)."""
     return gaussian_blur(saturate((a - b).abs().amax(1, keepdim=True), clip), sigma)
 
 
@@ -74,79 +74,18 @@ def latent_discrepancy(
     clip: float | None = LATENT_CLIP,
     sigma: float = LATENT_SIGMA,
 ) -> torch.Tensor:
-    """Latent map ``(B, 1, *size)`` of two latents ``(B, C, h, w)``."""
+    """Latent map ``L`` ``(B, 1, *size)`` of two latents ``(B, C, h, w)``."""
     raw = (a - b).abs().mean(1, keepdim=True)
     return resize_mirrored(gaussian_blur(saturate(raw, clip), sigma), size)
 
 
-class NormalRange(nn.Module):
-    """What values of each level are normal, by category and distance from the border, and by how much others exceed it.
-
-    ``1 + (max(0, log(x / median)) / log(high / median))^2`` of a value ``x``, with the median and a high quantile of
-    normal images: 1 for what is ordinary and 2 at the edge of what is normal, whatever the level's units and spread.
-    Squares, so that in a mean a level that stands out is not drowned by another that has nothing to say; from 1, so
-    that logarithms of normal values, on which thresholds rest, are close together.
-
-    Where an image ends, what it shows is cut off at any place and networks see half of it: normal images are stranger
-    there than elsewhere, and each ring of cells along the border therefore has limits of its own.
-
-    Args:
-        levels: Their names.
-        num_categories: ``K``; a further row is of all categories together, for images of none.
-    """
-
-    def __init__(self, levels: Sequence[str], num_categories: int) -> None:
-        super().__init__()
-        self.levels = tuple(levels)
-        self.median: torch.Tensor
-        self.high: torch.Tensor
-        # until fitted, ranks are kept
-        self.register_buffer("median", torch.full((num_categories + 1, len(self.levels), RINGS), LEAST))
-        self.register_buffer("high", torch.ones(num_categories + 1, len(self.levels), RINGS))
-
-    @torch.no_grad()
-    def fit(self, row: int, level: str, maps: torch.Tensor) -> None:
-        """Take the range of a level from ``maps`` ``(N, 1, H, W)`` of normal images."""
-        column, ring = self.levels.index(level), _rings(maps.shape[-2:]).argmax(0).to(maps.device)[::4, ::4]
-        for index in range(RINGS):
-            # small images have no place that far from the border
-            values = maps[:, 0, ::4, ::4][:, ring == min(index, int(ring.max()))].flatten().float()
-            median = values.median().clamp_min(LEAST)
-            high = values.kthvalue(max(1, round(HIGH_NORMAL * len(values)))).values
-            self.median[row, column, index] = median
-            self.high[row, column, index] = torch.maximum(high, 1.01 * median)
-
-    def forward(self, maps: torch.Tensor, level: str, category: torch.Tensor) -> torch.Tensor:
-        """Excess ``(B, 1, H, W)``, at least 1, of a level's ``maps`` ``(B, 1, H, W)`` of ``category`` ``(B,)``."""
-        column, size = self.levels.index(level), maps.shape[-2:]
-        rings = _rings(size).to(maps).flatten(1)
-        median, high = ((limit[category, column] @ rings).view(-1, 1, *size) for limit in (self.median, self.high))
-        return 1 + ((torch.maximum(maps, median) / median).log() / (high / median).log()).square()
-
-    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
-        for name in (f"{prefix}median", f"{prefix}high"):
-            if name in state_dict and state_dict[name].ndim == 2:  # of when there were no rings
-                state_dict[name] = state_dict[name][:, :, None].repeat(1, 1, RINGS)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _rings(size: Sequence[int]) -> torch.Tensor:
-    """How much pixels belong to each ring along the border, the last being all the rest: ``(RINGS, H, W)``, sum 1.
-
-    Linear between the middles of the rings, so that no step shows.
-    """
-    rows, columns = (torch.minimum(torch.arange(side), torch.arange(side).flip(0)) for side in size)
-    depth = (torch.minimum(rows[:, None], columns[None]) + 0.5) / RING_WIDTH - 0.5
-    return (1 - (depth.clamp(0, RINGS - 1) - torch.arange(RINGS)[:, None, None]).abs()).clamp_min(0)
-
-
 def fuse(*maps: torch.Tensor, weights: Collection[float] | None = None, mode: str = "geometric") -> torch.Tensor:
-    """Fuse maps ``(B, 1, H, W)`` by their mean.
+    """Fused map ``A`` ``(B, 1, H, W)``: the weighted mean of maps of the same shape.
 
     Args:
         maps: At least 0.
-        weights: How much each counts; alike by default.
-        mode: ``geometric``, free of the maps' scales, or ``arithmetic``.
+        weights: One for each map, above 0; equal by default.
+        mode: ``geometric``, whose ranking does not depend on the scales of the maps, or ``arithmetic``.
 
     Raises:
         ValueError: If the mode is unknown.

@@ -1,8 +1,8 @@
-"""What a defective place should have looked like, where least squares can only say what it looks like on average.
+"""Exemplars: normal training images whose content replaces deviating regions of the corrected image.
 
-A denoiser that learnt to minimise the squared error fades a defect towards the mean of all that could be there. Here
-the content comes from a normal training image whose surroundings fit: the paper's second corruption read backwards,
-where patches from elsewhere do not make a deviation but undo it. Maps and scores know nothing of it, only the picture.
+A denoiser trained with the squared error predicts the conditional mean, in which a defect fades but fine structure is
+blurred. Here the content comes from a normal training image whose surroundings match best (exemplar-based inpainting,
+Criminisi et al. 2004). Maps and scores do not use it.
 """
 
 import math
@@ -13,19 +13,19 @@ from torch.nn import functional as F  # noqa: N812
 
 from decodiff_anomalib.calibration import prediction_limit
 
-REPLACED_RATE = 0.1  # of normal images have a cell that is replaced
+REPLACED_RATE = 0.1  # share of normal images in which a cell is replaced
 STRIDE = 4  # pixels between the positions that are compared
 REACH = 8  # strides that an exemplar may be shifted by, in each direction
 SHIFTS = 2 * REACH + 1
 
 
 class Exemplars(nn.Module):
-    """Some normal images of each category, from which the corrected image takes what deviating places should be.
+    """Normal images of each category that fill the deviating regions of corrected images.
 
     Args:
-        count: Images of each category.
+        count: Images kept of each category.
         image_size: Their height and width.
-        num_categories: ``K``; a further row is of all categories together, for images of none.
+        num_categories: ``K``; row ``K`` of each table is of all categories and serves unknown images.
     """
 
     def __init__(self, count: int, image_size: tuple[int, int], num_categories: int) -> None:
@@ -41,14 +41,14 @@ class Exemplars(nn.Module):
 
     @torch.no_grad()
     def fit(self, row: int, images: torch.Tensor) -> None:
-        """Keep ``images`` ``(N, 3, H, W)`` in [-1, 1], evenly spread over all given; some twice where they are few."""
+        """Keep evenly spaced ones of ``images`` ``(N, 3, H, W)`` in [-1, 1]; some twice if there are too few."""
         count = self.images.shape[1]
         chosen = torch.arange(count) * len(images) // count
         self.images[row] = ((images[chosen] + 1) * 127.5).round().clamp(0, 255).byte()
         self._prepare(row)
 
     def _prepare(self, row: int) -> None:
-        """Set what the search compares: exemplars ``e`` of few pixels as ``(-2 e, |e|^2)``."""
+        """Set what the search compares: down-scaled exemplars ``e`` as ``(-2 e, |e|^2)``."""
         coarse = F.avg_pool2d(_as_floats(self.images[row]), STRIDE)
         of_row = self.coarse.unflatten(0, self.images.shape[:2])[row]
         of_row.copy_(torch.cat([-2 * coarse, coarse.square().sum(1, keepdim=True)], 1))
@@ -65,24 +65,24 @@ class Exemplars(nn.Module):
             self.cell_thresholds[row] = prediction_limit(cells.amax((1, 2, 3)), REPLACED_RATE)
 
     def deviating(self, cells: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Which ``cells`` ``(B, 1, h, w)`` of maps deviate, 1 or 0: high ones and those that touch them.
+        """Mask ``(B, 1, h, w)`` of deviating cells: those of ``cells`` above the threshold and their neighbours.
 
-        None do before :meth:`calibrate`.
+        Empty before :meth:`calibrate`.
         """
         high = cells > self.cell_thresholds[category]
         return F.max_pool2d(high.to(cells.dtype), 3, stride=1, padding=1)
 
     def forward(self, images: torch.Tensor, deviating: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Images ``(B, 3, H, W)`` with what deviates replaced by the exemplar that fits best around it.
+        """Images ``(B, 3, H, W)`` with deviating cells replaced by the exemplar that matches their surroundings best.
 
-        It fits where the squared difference around all cells that deviate is least, over the exemplars of the category
-        and their shifts. It is made as bright as the surroundings, by the median of the difference: where an exemplar
-        fits badly, it is not the brightness alone that differs.
+        The match minimises the squared difference in the cells around the deviating ones, over the exemplars of the
+        category and their shifts. The exemplar's brightness is adjusted by the median difference there,
+        which is robust where the exemplar matches badly.
 
         Args:
             images: ``(B, 3, H, W)``, about [-1, 1].
-            deviating: Which cells are to be replaced, ``(B, 1, h, w)``, 0 or 1.
-            category: ``(B,)``, whose exemplars may serve.
+            deviating: Mask of the cells to replace, ``(B, 1, h, w)``, 0 or 1.
+            category: Category index ``(B,)``, whose exemplars are searched.
         """
         coarse = F.avg_pool2d(images, STRIDE)
         around = F.max_pool2d(deviating, 5, stride=1, padding=2) - deviating
@@ -95,10 +95,10 @@ class Exemplars(nn.Module):
     def _best_fit(
         self, coarse: torch.Tensor, hidden: torch.Tensor, around: torch.Tensor, category: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shifted exemplars ``(B, 3, H, W)`` in [-1, 1] for ``coarse`` images ``(B, 3, H/4, W/4)``, and where they are.
+        """Best exemplars ``(B, 3, H, W)`` in [-1, 1] for ``coarse`` images ``(B, 3, H/4, W/4)``, and their extent.
 
-        Where they are not, beyond the exemplar's edge, the second ``(B, 1, H, W)`` is 0. ``hidden`` and ``around``
-        ``(B, 1, H/4, W/4)`` are 1 where something is to be replaced, and where the exemplars are to fit.
+        The extent ``(B, 1, H, W)`` is 0 beyond the shifted exemplar's edge. ``hidden`` and ``around``
+        ``(B, 1, H/4, W/4)`` are 1 where content is replaced and where the exemplars are compared.
         """
         # the mean of (x - e)^2 where the surroundings lie on the exemplar, at every shift
         products = F.conv2d(F.pad(torch.cat([around * coarse, around], 1), (REACH,) * 4), self.coarse)
@@ -106,7 +106,7 @@ class Exemplars(nn.Module):
         shares = F.pad(torch.cat([energy, around, hidden], 1), (REACH,) * 4)
         energy, overlap, covered = F.avg_pool2d(shares, coarse.shape[-2:], stride=1).split(1, 1)
         difference = (products / coarse[0, 0].numel() + energy) / overlap.clamp_min(1e-6)
-        missing = hidden.mean((2, 3), keepdim=True) - covered  # beyond the exemplar's edge there is nothing to take
+        missing = hidden.mean((2, 3), keepdim=True) - covered  # a region beyond the exemplar's edge cannot be filled
         difference = difference + 1e3 * (missing > 1e-6)
 
         rows, count = self.images.shape[:2]
@@ -115,13 +115,13 @@ class Exemplars(nn.Module):
         best = own.flatten(1).argmin(1)
         best, column = best // SHIFTS, best % SHIFTS
         best, line = best // SHIFTS, best % SHIFTS
-        chosen, known = self.images[category, best], 1
+        chosen, known = self.images[category, best], torch.ones((), dtype=torch.bool, device=best.device)
         for dim, shift in ((2, line), (3, column)):
             length = chosen.shape[dim]
             source = torch.arange(length, device=shift.device) - (shift[:, None] - REACH) * STRIDE
             source = source.unflatten(1, (1, length, 1) if dim == 2 else (1, 1, length))
             within = source.clamp(0, length - 1)
-            chosen, known = chosen.gather(dim, within.expand_as(chosen)), known * (source == within)
+            chosen, known = chosen.gather(dim, within.expand_as(chosen)), known & (source == within)
         return _as_floats(chosen), known.to(coarse.dtype)
 
 

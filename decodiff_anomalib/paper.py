@@ -170,7 +170,7 @@ class PaperAugmentation(Transform):
                 raise ValueError(msg)
         self.shift_probability = shift_probability
         self.half_turn_probability = half_turn_probability
-        self.resize = tuple(resize)
+        self.resize: Size = (resize[0], resize[1])
         self.shift = published_shift(resize, crop)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, bool]:

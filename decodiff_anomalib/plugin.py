@@ -114,7 +114,7 @@ class _Watch(MetaPathFinder):
         for finder in list(dropwhile(lambda finder: finder is not self, sys.meta_path))[1:]:
             spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
+                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
                     spec.loader = _WatchedLoader(spec.loader, self)
                 return spec
         return None
@@ -148,7 +148,9 @@ class _WatchedLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._watch.execute(module, self._loader)
 
     def __getattr__(self, name: str) -> Any:  # tools ask loaders for more: get_code, get_source, …

@@ -1,7 +1,4 @@
-"""Scores and maps that mean the same for every category and in every run.
-
-Thresholds are set on normal images, category by category, at a stated false-alarm rate.
-"""
+"""Normalisation and thresholds, set on normal images of each category at a stated false-alarm rate."""
 
 import logging
 import math
@@ -23,23 +20,22 @@ MIN_NORMALS = 20
 
 
 class DeCoDiffPostProcessor(PostProcessor):
-    """Normalises by thresholds that normal images alone define, each category by its own.
+    """Normalises scores and maps by thresholds set on normal images, separately for each category.
 
-    A score ``s`` becomes ``s / (s + threshold)``: 0.5 at the threshold, always increasing, never saturating, so that
-    the ranking of a category's images is that of their raw scores (Anomalib's own normalisation clips at the range seen
-    in validation, which ties all anomalies where validation holds only normal images). Scores of different categories
-    become comparable: each is in units of what its category's normal images reach. Raw scores stay in the batch as
-    ``raw_score``.
+    A score ``s`` becomes ``s / (s + threshold)``: 0.5 at the threshold, strictly increasing and never saturated, so
+    that the ranking within a category is that of the raw scores (Anomalib's own normalisation clips at the range of the
+    validation images, which ties all anomalies where these are normal). Scores of different categories are comparable,
+    each in units of its category's threshold. Raw scores stay in the batch as ``raw_score``.
 
     The image threshold is the :func:`~decodiff_anomalib.calibration.prediction_limit` of the normal scores at the
     false-alarm rate asked for. The pixel threshold is the value that the asked share of normal pixels exceeds.
 
-    The category is the one the model inferred (``category_index`` of a batch, ``category`` of an exported graph's
-    predictions), else the one the data name (``category`` of a batch). Without one, and for unknown categories, the
-    thresholds over all normal images are used. An image that the model calls strange to every category (``strangeness``
-    above 1) is anomalous: its score is at least ``strangeness / (strangeness + 1)``, which is above 0.5.
+    The category is the one the model inferred (``category_index``), else the one the data name (``category`` of a
+    batch). Without one, and for unknown categories, the thresholds over all normal images are used. An image of no
+    trained category (``ood_score`` above 1) is anomalous: its score is at least ``ood_score / (ood_score + 1)``, which
+    is above 0.5.
 
-    Works with any of Anomalib's models.
+    It can be given to any of Anomalib's models.
 
     Args:
         false_alarm_rate: Share of normal images to be called anomalous.
@@ -76,16 +72,16 @@ class DeCoDiffPostProcessor(PostProcessor):
         self.categories: tuple[str, ...] = ()
         self.image_thresholds: torch.Tensor
         self.pixel_thresholds: torch.Tensor
-        self._make_room()
+        self._allocate_thresholds()
         self._normal_scores = CatMetric()
         self._normal_pixel_tails = CatMetric()
         self._normal_categories = CatMetric()
 
-    def _make_room(self) -> None:
-        """Have a threshold for every category."""
+    def _allocate_thresholds(self) -> None:
+        """Register one row for each category and one over all, not set."""
         for name in ("image_thresholds", "pixel_thresholds"):
-            none_set = torch.full((len(self.categories) + 1,), float("nan"), device=self._image_threshold.device)
-            self.register_buffer(name, none_set)
+            not_set = torch.full((len(self.categories) + 1,), float("nan"), device=self._image_threshold.device)
+            self.register_buffer(name, not_set)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -96,23 +92,23 @@ class DeCoDiffPostProcessor(PostProcessor):
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the configuration; the thresholds that follow are of its categories."""
         super().load_checkpoint_config(config)
-        self._make_room()
+        self._allocate_thresholds()
 
     # ---------------------------------------------------------------- thresholds
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn which categories there will be."""
+        """Take the categories of the model or the data."""
         if stage != "fit":
             return
         categories = getattr(pl_module, "categories", None) or vocabulary(category_names(trainer.datamodule))
         if categories != self.categories:
             self.categories = categories
-            self._make_room()
+            self._allocate_thresholds()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args, **kwargs
     ) -> None:
-        """Collect what the normal images of a batch score."""
+        """Collect the scores and the highest pixels of the normal images of a batch."""
         del pl_module, args, kwargs
         if trainer.sanity_checking:
             return
@@ -125,7 +121,8 @@ class DeCoDiffPostProcessor(PostProcessor):
         self._normal_categories.update(self._category_of(outputs)[normal].float())
         if outputs.anomaly_map is not None:
             maps = outputs.anomaly_map[normal].flatten(1).float()
-            # fifty times the share asked for, of each image, holds that share of all of them even where images differ
+            # Fifty times the share asked for is kept of each image, so that the share over all images is among it
+            # even if their maps differ much.
             tail = math.ceil(min(1.0, 50 * self.pixel_false_alarm_rate) * maps.shape[1])
             self._normal_pixel_tails.update(maps.topk(tail, dim=1).values)
             self._pixels_of_image = maps.shape[1]
@@ -140,7 +137,9 @@ class DeCoDiffPostProcessor(PostProcessor):
         for metric in (self._normal_scores, self._normal_pixel_tails, self._normal_categories):
             metric.reset()
         if len(scores) < 2:
-            logger.warning("One normal validation image sets no threshold; 2 are needed, %d are good.", MIN_NORMALS)
+            logger.warning(
+                "One normal validation image sets no threshold; 2 are needed, %d are recommended.", MIN_NORMALS
+            )
             return
         few = {}
         for index, name in enumerate((*self.categories, None)):
@@ -167,7 +166,7 @@ class DeCoDiffPostProcessor(PostProcessor):
             )
             if few:
                 logger.warning(
-                    "Few normal images to set thresholds on, so that they lie high: %s. %d or more are good.",
+                    "Thresholds lie high because they are set on few normal images: %s. %d or more are recommended.",
                     ", ".join(f"{count} of {name}" for name, count in few.items()),
                     MIN_NORMALS,
                 )
@@ -185,7 +184,7 @@ class DeCoDiffPostProcessor(PostProcessor):
     # ---------------------------------------------------------------- applying them
 
     @property
-    def calibrated(self) -> bool:
+    def has_thresholds(self) -> bool:
         """Whether thresholds were set."""
         return not self.image_thresholds[-1].isnan()
 
@@ -194,32 +193,32 @@ class DeCoDiffPostProcessor(PostProcessor):
         pred_score, anomaly_map = predictions.pred_score, predictions.anomaly_map
         if pred_score is None:
             pred_score = anomaly_map.amax(dim=(-2, -1)).flatten()
-        category, strangeness = (getattr(predictions, name, None) for name in ("category", "strangeness"))
+        category, ood_score = (getattr(predictions, name, None) for name in ("category_index", "ood_score"))
         if category is None:
             category = torch.full_like(pred_score.flatten(), len(self.categories), dtype=torch.long)
-        return self._calibrated(pred_score, anomaly_map, category, strangeness)
+        return self._normalise_and_label(pred_score, anomaly_map, category, ood_score)
 
     def post_process_batch(self, batch: Batch) -> None:
         """Normalise and label a batch of predictions; without thresholds, leave the scores raw and label nothing."""
         batch.raw_score = batch.pred_score
-        if not self.calibrated:
+        if not self.has_thresholds:
             return
-        done = self._calibrated(
-            batch.pred_score, batch.anomaly_map, self._category_of(batch), getattr(batch, "strangeness", None)
+        predictions = self._normalise_and_label(
+            batch.pred_score, batch.anomaly_map, self._category_of(batch), getattr(batch, "ood_score", None)
         )
-        batch.update(**done._asdict())
+        batch.update(**predictions._asdict())
 
-    def _calibrated(
+    def _normalise_and_label(
         self,
         pred_score: torch.Tensor,
         anomaly_map: torch.Tensor | None,
         category: torch.Tensor,
-        strangeness: torch.Tensor | None,
+        ood_score: torch.Tensor | None,
     ) -> InferenceBatch:
         score = _normalise(pred_score, self._threshold(self.image_thresholds, category).view_as(pred_score))
-        if strangeness is not None:
-            strangeness = strangeness.view_as(score)
-            score = torch.where(strangeness > 1, torch.maximum(score, strangeness / (strangeness + 1)), score)
+        if ood_score is not None:
+            ood_score = ood_score.view_as(score)
+            score = torch.where(ood_score > 1, torch.maximum(score, ood_score / (ood_score + 1)), score)
         pred_label = score > 1 - self.image_sensitivity
         if anomaly_map is None:
             return InferenceBatch(pred_label=pred_label, pred_score=score)

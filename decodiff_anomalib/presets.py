@@ -1,167 +1,186 @@
-"""Three words for thirty numbers."""
+"""The three presets, and overriding their settings.
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+Every setting can be overridden by name: ``--model.settings.GROUP.NAME VALUE`` on the command line, ``settings:`` in
+YAML, ``DeCoDiff(settings={"GROUP": {"NAME": value}})`` in Python.
+"""
 
-from decodiff_anomalib.discrepancy import LATENT_CLIP, LATENT_SIGMA, PIXEL_CLIP, PIXEL_SIGMA
+from collections.abc import Mapping
+from dataclasses import asdict, field, fields, is_dataclass, make_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hints
+
 from decodiff_anomalib.features import PACKAGED_BACKBONE
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings of the method that belong together. The defaults are the paper's.
-
-    Attributes:
-        codec: See :func:`decodiff_anomalib.codec.build_codec`.
-        features: A timm backbone whose features join the latents, see
-            :class:`decodiff_anomalib.features.VisualFeatures`; ``None`` for none.
-        magnification: How much images are enlarged for the ``detail`` level; at 1 there is none.
-        denoiser: See :func:`decodiff_anomalib.denoiser.build_denoiser`.
-        num_steps: Correction steps.
-        timestep_spacing: Which timesteps they use, see :class:`decodiff_anomalib.schedule.DeviationSchedule`.
-        train_timesteps: Strengths of deviation to learn from: ``all`` ten (the paper), or only those ``used`` in the
-            correction steps, which a short training learns far sooner.
-        corruption: ``patches`` of the latents (the paper) or ``defects`` drawn on the images.
-        fresh_per_step: Images read in a training step, each to draw a new defect on, with ``corruption="defects"``;
-            the datamodule's batches where those are smaller.
-        samples_per_step: Samples the denoiser learns from in one step: the fresh ones and recent ones.
-        scale_latents: Whether latents are scaled to the training images, see
-            :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.fit`; features, ``calibrated`` and ``exemplars`` need it.
-        levels: The maps that are fused and how much each counts: ``pixel``, ``latent``, ``feature`` (which needs
-            features) and ``detail`` (which needs ``magnification``, too).
-        pixel_clip: Saturation of the pixel map; ``None`` for none.
-        latent_clip: Saturation of the latent map; ``None`` for none.
-        pixel_sigma: Blur of the pixel map in pixels of the working size.
-        latent_sigma: Blur of the latent map in latent pixels; 0 for none.
-        fusion: ``geometric`` or ``arithmetic`` mean of the maps.
-        calibrated: Whether the maps that are fused state by how much each level exceeds what is normal, see
-            :class:`decodiff_anomalib.discrepancy.NormalRange`, rather than what it measures.
-        exemplars: Normal images of each category that are kept, to replace in the corrected image what deviates, see
-            :class:`decodiff_anomalib.exemplars.Exemplars`; 0 for none.
-        score_share: Share of the map, its highest cells, whose mean is the score of an image; 0 for its maximum.
-        train_steps: Optimiser steps, unless the trainer is given a duration.
-        warmup_steps: Steps until the full learning rate.
-        learning_rate_schedule: ``epochs`` (the paper): constant within an epoch, see
-            :func:`decodiff_anomalib.paper.paper_learning_rate_factor`, the warm-up rounded up to whole epochs;
-            ``steps``: a new rate at each step, down to almost nothing.
-        category_dropout: Share of the samples whose category the denoiser is not told, so that it can do without;
-            where there are several.
-        published_table: Whether models of MVTec AD's or VisA's categories have a row for each of their data set, see
-            :func:`decodiff_anomalib.conditioning.vocabulary`.
-        learning_rate: Peak of the cosine.
-        weight_decay: Of AdamW.
-        ema_decay: Of the averaged weights that are validated, tested and saved; 0 for none.
-        gradient_clip: Largest gradient norm, unless the trainer is given one; 0 for none.
-        mixed_precision: Whether training computes in bfloat16 where the hardware does; inference never does by itself.
-    """
-
-    codec: str = "stabilityai/sd-vae-ft-ema"
-    features: str | None = None
-    magnification: float = 1.0
-    denoiser: str | dict[str, Any] = "L"
-    num_steps: int = 5
-    timestep_spacing: Literal["leading", "trailing"] = "leading"
-    train_timesteps: Literal["all", "used"] = "all"
-    corruption: Literal["patches", "defects"] = "patches"
-    fresh_per_step: int = 4
-    samples_per_step: int = 16
-    scale_latents: bool = False
-    levels: dict[str, float] = field(default_factory=lambda: {"pixel": 1.0, "latent": 1.0})
-    pixel_clip: float | None = PIXEL_CLIP
-    latent_clip: float | None = LATENT_CLIP
-    pixel_sigma: float = PIXEL_SIGMA
-    latent_sigma: float = LATENT_SIGMA
-    fusion: Literal["geometric", "arithmetic"] = "geometric"
-    calibrated: bool = False
-    exemplars: int = 0
-    score_share: float = 0.0
-    train_steps: int = 10_400
-    warmup_steps: int = 130
-    learning_rate_schedule: Literal["steps", "epochs"] = "epochs"
-    category_dropout: float = 0.0
-    published_table: bool = True
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    ema_decay: float = 0.0
-    gradient_clip: float = 0.0
-    mixed_precision: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what no later step would.
-
-        Raises:
-            ValueError: If a word is unknown, settings exclude each other, or a number is out of range.
-        """
-        words = {"learning_rate_schedule": ("steps", "epochs"), "train_timesteps": ("all", "used")}
-        for name, valid in words.items():
-            if getattr(self, name) not in valid:
-                msg = f"{name}={getattr(self, name)!r} is unknown; valid: {', '.join(valid)}."
-                raise ValueError(msg)
-        available = self.available_levels
-        if not self.levels or set(self.levels) - set(available) or min(self.levels.values()) <= 0:
-            msg = (
-                f"levels={self.levels} must be one or more of {', '.join(available)}, each with its weight above 0; "
-                f"feature is one of them where features={self.features!r} names a backbone, and detail where besides "
-                f"magnification={self.magnification} is above 1."
-            )
-            raise ValueError(msg)
-        if not 0 <= self.score_share <= 1:
-            msg = f"score_share={self.score_share} must be from 0, the map's maximum, to 1, its mean."
-            raise ValueError(msg)
-        if self.magnification < 1:
-            msg = f"magnification={self.magnification} must be at least 1, for images as they are."
-            raise ValueError(msg)
-        if self.exemplars < 0:
-            msg = f"exemplars={self.exemplars} must be at least 0, for none."
-            raise ValueError(msg)
-        if not self.scale_latents and (self.calibrated or self.exemplars):
-            msg = (
-                f"calibrated={self.calibrated} and exemplars={self.exemplars} are learnt with the scale of latents; "
-                "scale_latents=False needs calibrated=False and exemplars=0."
-            )
-            raise ValueError(msg)
-
-    @property
-    def magnifications(self) -> dict[str, float]:
-        """How much images are enlarged for each level that compares visual features."""
-        if self.features is None:
-            return {}
-        return {"feature": 1.0} | ({"detail": self.magnification} if self.magnification > 1 else {})
-
-    @property
-    def available_levels(self) -> tuple[str, ...]:
-        """Levels there can be."""
-        return ("pixel", "latent", *self.magnifications)
-
-
-BALANCED = Preset(
-    codec="bundled",
-    features=PACKAGED_BACKBONE,
-    magnification=2.0,
-    denoiser="nano",
-    num_steps=1,
-    timestep_spacing="trailing",
-    train_timesteps="used",
-    corruption="defects",
-    scale_latents=True,
-    levels={"latent": 1.0, "feature": 1.0, "detail": 2.0},
-    pixel_clip=None,
-    latent_clip=None,
-    latent_sigma=0.0,
-    fusion="arithmetic",
-    calibrated=True,
-    exemplars=12,
-    score_share=0.01,
-    train_steps=600,
-    warmup_steps=50,
-    learning_rate_schedule="steps",
-    category_dropout=0.1,
-    published_table=False,
-    learning_rate=1e-3,
-    weight_decay=1e-2,
-    ema_decay=0.99,
-    gradient_clip=1.0,
-    mixed_precision=True,
+from decodiff_anomalib.settings import (
+    GROUPS,
+    NONE,
+    CorrectionSettings,
+    CorruptionSettings,
+    DenoiserSettings,
+    LatentsSettings,
+    MapsSettings,
+    ScoringSettings,
+    Settings,
+    TrainingSettings,
 )
 
-PRESETS = {"paper": Preset(), "balanced": BALANCED, "fast": replace(BALANCED, train_steps=200)}
+_BALANCED = Settings(
+    latents=LatentsSettings(codec="bundled", backbone=PACKAGED_BACKBONE, magnification=2.0, scale=True),
+    denoiser=DenoiserSettings(size="nano"),
+    correction=CorrectionSettings(num_steps=1, timestep_spacing="trailing", exemplars=12),
+    maps=MapsSettings(
+        levels={"latent": 1.0, "feature": 1.0, "detail": 2.0},
+        pixel_clip=None,
+        latent_clip=None,
+        latent_sigma=0.0,
+        fusion="arithmetic",
+        normal_range=True,
+    ),
+    scoring=ScoringSettings(top_share=0.01),
+    corruption=CorruptionSettings(kind="defects", timesteps="used"),
+    training=TrainingSettings(
+        steps=600,
+        warmup_steps=50,
+        learning_rate_schedule="steps",
+        learning_rate=1e-3,
+        weight_decay=1e-2,
+        ema_decay=0.99,
+        gradient_clip=1.0,
+        mixed_precision=True,
+        category_dropout=0.1,
+        published_table=False,
+    ),
+)
+
+PRESETS: dict[str, Settings] = {
+    "paper": Settings(),
+    "balanced": _BALANCED,
+    "fast": replace(_BALANCED, training=replace(_BALANCED.training, steps=200)),
+}
+
+
+# ---------------------------------------------------------------- overrides
+
+
+def _overrides_type(kind: type) -> type:
+    """The fields of a group, each optional: ``None`` keeps the preset's value.
+
+    Where ``None`` is a value of the setting, the word ``none`` stands for it.
+    """
+    optional = []
+    for name, hint in get_type_hints(kind).items():
+        word = Literal["none"] if type(None) in get_args(hint) and str not in get_args(hint) else None
+        optional.append((name, hint | word | None, None))
+    return make_dataclass(
+        kind.__name__.replace("Settings", "Overrides"),
+        optional,
+        namespace={"__doc__": kind.__doc__, "__module__": __name__},
+        frozen=True,
+    )
+
+
+if TYPE_CHECKING:
+    SettingsOverrides: TypeAlias = Any
+else:
+    SettingsOverrides = make_dataclass(
+        "SettingsOverrides",
+        [
+            (name, kind, field(default_factory=kind))
+            for name, kind in ((name, _overrides_type(kind)) for name, kind in GROUPS.items())
+        ],
+        namespace={"__doc__": Settings.__doc__, "__module__": __name__},
+        frozen=True,
+    )
+    """Settings that differ from the preset; those left at ``None`` take its value."""
+
+SHORTCUTS: dict[str, tuple[str, str]] = {
+    "codec": ("latents", "codec"),
+    "features": ("latents", "backbone"),
+    "denoiser": ("denoiser", "size"),
+    "num_steps": ("correction", "num_steps"),
+    "corruption": ("corruption", "kind"),
+    "train_steps": ("training", "steps"),
+    "learning_rate": ("training", "learning_rate"),
+    "ema_decay": ("training", "ema_decay"),
+}
+"""Arguments of :class:`decodiff_anomalib.DeCoDiff` that are settings: their group and name."""
+
+
+def given_overrides(overrides: object) -> dict[str, dict[str, Any]]:
+    """The overrides that were given, by group: plain data from a ``SettingsOverrides`` or nested mappings.
+
+    Raises:
+        ValueError: If a group or a name is unknown.
+    """
+    groups = asdict(overrides) if is_dataclass(overrides) and not isinstance(overrides, type) else (overrides or {})
+    if not isinstance(groups, Mapping):
+        msg = f"settings={overrides!r} must be groups with their settings, such as {{'maps': {{'pixel_sigma': 5}}}}."
+        raise TypeError(msg)
+    given: dict[str, dict[str, Any]] = {}
+    for group, entries in groups.items():
+        if group not in GROUPS:
+            homes = [f"{home}.{group}" for home, kind in GROUPS.items() if group in {f.name for f in fields(kind)}]
+            hint = f" Did you mean {' or '.join(homes)}?" if homes else ""
+            msg = f"settings has no group {group!r}; it has: {', '.join(GROUPS)}.{hint}"
+            raise ValueError(msg)
+        known = [entry.name for entry in fields(GROUPS[group])]
+        if not isinstance(entries, Mapping):
+            msg = f"settings.{group}={entries!r} must be settings by name; it has: {', '.join(known)}."
+            raise TypeError(msg)
+        unknown = [name for name in entries if name not in known]
+        if unknown:
+            msg = f"settings.{group} has no {', '.join(unknown)}; it has: {', '.join(known)}."
+            raise ValueError(msg)
+        chosen = {name: value for name, value in entries.items() if value is not None}
+        if chosen:
+            given[group] = chosen
+    return given
+
+
+def resolve(preset: str, overrides: object = None, arguments: Mapping[str, Any] | None = None) -> Settings:
+    """The settings of a preset with what was given instead.
+
+    Args:
+        preset: A key of :data:`PRESETS`.
+        overrides: A ``SettingsOverrides`` or nested mappings, see :func:`given_overrides`.
+        arguments: Values of :data:`SHORTCUTS`, ``None`` where they were not given.
+
+    Raises:
+        ValueError: If a word is unknown, a number is out of range, or an argument and an override contradict.
+    """
+    if preset not in PRESETS:
+        msg = f"preset={preset!r} is unknown; valid: {', '.join(PRESETS)}."
+        raise ValueError(msg)
+    chosen = given_overrides(overrides)
+    for argument, value in (arguments or {}).items():
+        if value is None:
+            continue
+        group, name = SHORTCUTS[argument]
+        other = chosen.setdefault(group, {}).setdefault(name, value)
+        if other != value:
+            msg = f"{argument}={value!r} and settings.{group}.{name}={other!r} contradict each other; give one of them."
+            raise ValueError(msg)
+    base = PRESETS[preset]
+    if chosen.get("latents", {}).get("backbone") == NONE and "levels" not in chosen.get("maps", {}):
+        levels = {name: weight for name, weight in base.maps.levels.items() if name not in base.magnifications}
+        chosen.setdefault("maps", {})["levels"] = levels
+    groups = {
+        group: replace(
+            getattr(base, group), **{name: None if value == NONE else value for name, value in values.items()}
+        )
+        for group, values in chosen.items()
+    }
+    return replace(base, **groups)
+
+
+def show_settings(
+    preset: Literal["balanced", "fast", "paper"] = "balanced",
+    settings: SettingsOverrides = SettingsOverrides(),  # noqa: B008 - frozen
+) -> None:
+    """Print all settings that a model would be made with, as YAML for ``settings:``.
+
+    Args:
+        preset: Whose values are overridden.
+        settings: Overrides by group.
+    """
+    import yaml
+
+    print(yaml.safe_dump(resolve(preset, settings).to_dict(), sort_keys=False), end="")

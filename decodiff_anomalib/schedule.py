@@ -1,4 +1,4 @@
-"""The deviation schedule: how far latents are pushed from normality, and how a prediction of that push is undone.
+"""The deviation schedule: the forward corruption of latents, the training target and the correction step.
 
 Notation of the paper: ``z_0`` clean latents, ``A_t`` the cumulative signal (``alphas_cumprod``), ``a_t = sqrt(A_t)``,
 ``s_t = sqrt(1 - A_t)``, ``c_t = (1 - a_t) / s_t``, ``n`` the corrupting content, ``m`` the mask (1 keeps), and
@@ -6,8 +6,14 @@ Notation of the paper: ``z_0`` clean latents, ``A_t`` the cumulative signal (``a
     eta = (1 - m) (n - c_t z_0)          the deviation, the network's target
     z_t = z_0 + s_t eta                  = m z_0 + (1 - m) (a_t z_0 + s_t n)
 
+The correction inverts the second line in deterministic steps (DDIM, Song et al. 2021, with the deviation in place of
+the noise), from the latents of the image itself and without added noise:
+
+    z_{t-1} = z_t - s_t d + s_{t-1} d,   d = network(z_t, t, category)
+
 Reference: "Correcting Deviations from Normality: A Reformulated Diffusion Model for Multi-Class Unsupervised Anomaly
-Detection", CVPR 2025.
+Detection", CVPR 2025, arXiv 2503.19357: the masked forward process, the Direction of Deviation that the network
+predicts, and the correction at inference.
 """
 
 import math
@@ -16,6 +22,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+NUM_TRAIN_TIMESTEPS = 10
 MAX_BETA = 0.999
 
 
@@ -65,8 +72,8 @@ class DeviationSchedule(nn.Module):
 
     def __init__(
         self,
-        num_train_timesteps: int = 10,
-        num_inference_steps: int = 10,
+        num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
+        num_inference_steps: int = NUM_TRAIN_TIMESTEPS,
         timestep_spacing: Literal["leading", "trailing"] = "leading",
     ) -> None:
         super().__init__()

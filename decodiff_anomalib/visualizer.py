@@ -1,4 +1,4 @@
-"""Pictures: Anomalib's panels, and beside them what the part should have looked like."""
+"""Pictures of predictions: Anomalib's panels and the corrected image."""
 
 import os
 from pathlib import Path
@@ -18,9 +18,9 @@ from decodiff_anomalib.data.images import image_paths
 
 
 class DeCoDiffVisualizer(ImageVisualizer):
-    """Anomalib's picture of each test or predict image, with the correction and the inferred category beside it.
+    """Anomalib's picture of each test or predict image, with the corrected image and its category beside it.
 
-    Pictures keep their path below the folder that all images share, so that equal file names never overwrite each
+    Pictures keep their path below the common folder of all images, so that equal file names do not overwrite each
     other. They go to ``<run>/images``.
     """
 
@@ -54,8 +54,8 @@ class DeCoDiffVisualizer(ImageVisualizer):
             if picture is None:
                 continue
             if corrections is not None:
-                told_apart = len(pl_module.categories) > 1 or batch.pred_category[index] == UNKNOWN
-                title = f"As {batch.pred_category[index]}" if told_apart else "Correction"
+                named = len(pl_module.categories) > 1 or batch.pred_category[index] == UNKNOWN
+                title = f"As {batch.pred_category[index]}" if named else "Correction"
                 picture = _beside(picture, self._panel(corrections[index], title))
             path = Path(item.image_path)
             target = output_dir / (path.relative_to(common) if path.is_relative_to(common) else path.name)

@@ -1,19 +1,38 @@
-"""Paths to the reference material that some tests compare with."""
+"""Reference material that tests compare with; tiers by folder."""
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: one thread each, and in the processes they start
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 SHARED = Path(__file__).parents[2] / "shared"
+INTEGRATION = Path(__file__).parent / "integration"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the integration tier by their folder."""
+    for item in items:
+        if INTEGRATION in item.path.parents:
+            item.add_marker(pytest.mark.integration)
 
 
 @pytest.fixture(scope="session")
 def parity_dir() -> Path:
-    """Numbers recorded from the authors' implementation."""
+    """Numbers recorded from the authors' program, in every clone."""
+    return Path(__file__).parent / "parity" / "data"
+
+
+@pytest.fixture(scope="session")
+def large_parity_dir() -> Path:
+    """The larger ones, where they lie beside the checkout."""
     if not (SHARED / "parity").is_dir():
-        pytest.skip(f"no recorded reference numbers at {SHARED / 'parity'}")
+        pytest.skip(f"no large recordings at {SHARED / 'parity'}")
     return SHARED / "parity"
 
 

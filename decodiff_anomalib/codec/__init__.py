@@ -1,33 +1,29 @@
-"""Image <-> latents. Every codec is a frozen module with one interface.
-
-codec.encode(images, generator=None)   (B, 3, H, W) in [-1, 1]  ->  latents (B, C, h, w), about unit variance
-codec.decode(latents)                  (B, C, h, w)             ->  images (B, 3, H, W), about [-1, 1]
-codec.latent_channels, codec.downsample_factor
-codec.spec                             what :func:`build_codec` rebuilds the architecture from, without a network
-"""
+"""Codecs between images and latents, see :class:`decodiff_anomalib.codec.interface.Codec`."""
 
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from .interface import Codec
 from .patch import BUNDLED, PatchCodec
 
 
-def build_codec(codec: str | Path | dict[str, Any] = BUNDLED) -> nn.Module:
+def build_codec(codec: Codec | str | Path | dict[str, Any] = BUNDLED) -> Codec:
     """Build a frozen codec.
 
     Args:
         codec: ``"bundled"`` (in the package, nothing is downloaded); a file that ``decodiff_anomalib.codec.train``
             wrote; a hub id, local folder or single ``.safetensors`` file of a diffusers ``AutoencoderKL`` or
-            ``AutoencoderTiny``; or the ``spec`` of a codec, which restores its architecture and leaves its weights to a
-            checkpoint.
+            ``AutoencoderTiny``; the ``spec`` of a codec, which restores its architecture and leaves its weights to a
+            checkpoint; or a codec, which is returned as it is.
 
     Raises:
         OSError: If the weights are neither local nor reachable.
         ValueError: If they are of another kind of model.
     """
-    if codec == BUNDLED:
+    built: Codec
+    if isinstance(codec, Codec):
+        built = codec
+    elif codec == BUNDLED:
         built = PatchCodec.load()
     elif isinstance(codec, dict) and codec.get("_class_name") == PatchCodec.__name__:
         built = PatchCodec(codec["latent_channels"])
@@ -40,4 +36,4 @@ def build_codec(codec: str | Path | dict[str, Any] = BUNDLED) -> nn.Module:
     return built.eval().requires_grad_(requires_grad=False)
 
 
-__all__ = ["BUNDLED", "build_codec"]
+__all__ = ["BUNDLED", "Codec", "build_codec"]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from decodiff_anomalib.codec.interface import Codec
+
 logger = logging.getLogger(__name__)
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
@@ -24,7 +26,7 @@ STABLE_DIFFUSION_CONFIG = {
 }
 
 
-class AutoencoderCodec(nn.Module):
+class AutoencoderCodec(Codec):
     """A diffusers autoencoder as a codec.
 
     Args:
@@ -37,22 +39,18 @@ class AutoencoderCodec(nn.Module):
 
     def __init__(self, source: str | Path | dict[str, Any]) -> None:
         super().__init__()
-        self.autoencoder = _from_spec(source) if isinstance(source, dict) else _load(str(source))
-        config = self.autoencoder.config
+        self.autoencoder: Any = _from_spec(source) if isinstance(source, dict) else _load(str(source))
+        config: Any = self.autoencoder.config
         self.kind = type(self.autoencoder).__name__
         if self.kind not in KINDS:
             msg = f"codec={str(source)!r} is a {self.kind}; valid kinds: {', '.join(KINDS)}."
             raise ValueError(msg)
-        self.latent_channels: int = config.latent_channels
+        self.latent_channels = config.latent_channels
         widths = config.block_out_channels if self.kind == "AutoencoderKL" else config.decoder_block_out_channels
-        self.downsample_factor: int = 2 ** (len(widths) - 1)
+        self.downsample_factor = 2 ** (len(widths) - 1)
         self.scaling_factor: float = config.scaling_factor
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """Plain data from which the architecture is rebuilt."""
-        names = (name for name in self.autoencoder.config if not name.startswith("_"))
-        return {"_class_name": self.kind, **{name: self.autoencoder.config[name] for name in names}}
+        names = (name for name in config if not name.startswith("_"))
+        self.spec = {"_class_name": self.kind, **{name: config[name] for name in names}}
 
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Encode to the posterior's mean, or to a sample of it where a ``generator`` is given (``AutoencoderKL``)."""

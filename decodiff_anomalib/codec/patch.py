@@ -1,12 +1,11 @@
-"""The bundled codec, and others like it: the whitened principal components of 8x8 patches of photographs.
+"""The linear codec: whitened principal components of 8x8 patches of photographs.
 
-It is linear and has no choice of its own to make: among all linear codecs of its size it has the least error
-(Eckart-Young). What it keeps and costs is in MODEL_CARD.md.
+Among all linear codecs of its size it has the least squared error (Eckart & Young, 1936). MODEL_CARD.md states what the
+bundled one keeps and costs.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,12 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from decodiff_anomalib.codec.interface import Codec
+
 BUNDLED = "bundled"
 PATCH_SIZE = 8
 WEIGHTS = Path(__file__).with_name("patch_codec.safetensors")
 
 
-class PatchCodec(nn.Module):
+class PatchCodec(Codec):
     """Image <-> latents, one vector for each 8x8 patch.
 
     Args:
@@ -31,7 +32,7 @@ class PatchCodec(nn.Module):
     def __init__(self, latent_channels: int = 48) -> None:
         super().__init__()
         self.latent_channels = latent_channels
-        self.spec: str | dict[str, Any] = {"_class_name": type(self).__name__, "latent_channels": latent_channels}
+        self.spec = {"_class_name": type(self).__name__, "latent_channels": latent_channels}
         self.analysis = nn.Conv2d(3 * PATCH_SIZE**2, latent_channels, 1)
         self.synthesis = nn.Conv2d(latent_channels, 3 * PATCH_SIZE**2, 1)
 
@@ -54,9 +55,9 @@ class PatchCodec(nn.Module):
         directions = directions.flip(1)[:, : self.latent_channels].float()  # (192, C)
         whitening = directions.T / scale[:, None]
         self.analysis.weight.copy_(whitening[:, :, None, None])
-        self.analysis.bias.copy_(-whitening @ mean)
+        self.analysis.bias.copy_(-whitening @ mean)  # type: ignore[union-attr] # built with a bias
         self.synthesis.weight.copy_((directions * scale)[:, :, None, None])
-        self.synthesis.bias.copy_(mean)
+        self.synthesis.bias.copy_(mean)  # type: ignore[union-attr]
 
     def save(self, path: Path) -> None:
         """Store as safetensors, the number of channels in the header."""

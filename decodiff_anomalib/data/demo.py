@@ -1,9 +1,9 @@
-"""A first data set without a download: photographs bundled with scikit-image, cut up and damaged on purpose.
+"""Demo data set that needs no download: crops of photographs bundled with scikit-image, with painted defects.
 
 Three photographed surfaces become three categories in MVTec AD's folder layout. Crops for training, validation and test
-come from three parts of each photograph: no pixel of one is ever in another, and thresholds rest on images as new as
-those of the test. The defects are painted with light, shadow and soft edges: plain to a person, but not separable by
-brightness alone.
+come from three disjoint parts of each photograph, so that the validation images, which set the thresholds, are as
+different from the training images as the test images are. The defects have light, shadow and soft edges: they are
+obvious to a person, but cannot be separated by brightness alone.
 """
 
 import hashlib
@@ -26,20 +26,21 @@ from platformdirs import user_cache_path
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, shift
 from scipy.spatial import cKDTree
 
-from decodiff_anomalib.data.multi_category import VALIDATION
+from decodiff_anomalib.data.layout import VALIDATION
 
 logger = logging.getLogger(__name__)
 
-Image: TypeAlias = NDArray[np.float64]  # (H, W), grey, in [0, 1]
-Coverage: TypeAlias = NDArray[np.float64]  # (H, W), how much a pixel is covered, in [0, 1]
+Image: TypeAlias = NDArray[np.float64]  # (H, W), grey values in [0, 1]
+Coverage: TypeAlias = NDArray[np.float64]  # (H, W), share of each pixel that is covered, in [0, 1]
 
-VERSION = "v2"  # part of the cache's path and of nothing else: raise it with every change to the images
+VERSION = "v2"  # part of the cache's path: increase it with every change to the images
 MANIFEST = "manifest.json"
 
-# Each category with the material that its "foreign" defect brings in.
+# Category to the material of its "foreign" defect.
 FOREIGN_MATERIAL = {"brick": "grass", "grass": "gravel", "gravel": "grass"}
 
-# Rows and columns of the photographs (512 x 512). Gaps are a stone or a blade wide, so that none is seen on both sides.
+# Rows and columns of the photographs (512 x 512). The gaps between the parts are as wide as a stone or a blade, so that
+# no object is in two parts.
 TRAIN_PART = slice(0, 512), slice(0, 304)
 VALIDATION_PART = slice(0, 176), slice(320, 512)
 TEST_PART = slice(192, 512), slice(320, 512)
@@ -55,15 +56,15 @@ NUM_TEST_PER_DEFECT = 8
 class DemoTextures(MVTecAD):
     """Anomalib datamodule of photographed textures with painted defects; needs no network.
 
-    The images are made on first use (a few seconds, 17 MB), kept, and identical however often they are made. Unlike
-    its parent, it never validates on the test set but on normal images of their own.
+    The images are created on first use (a few seconds, 17 MB) and kept; creating them again gives identical files.
+    Unlike its parent class, it validates on normal images that are not in the test set.
 
     Args:
-        root: Folder below which the images are kept. Defaults to the user's cache folder.
+        root: Folder below which the images are stored. Defaults to the user's cache folder.
         category: ``"brick"``, ``"grass"`` or ``"gravel"``.
         train_batch_size: Batch size for training.
         eval_batch_size: Batch size for validation and test.
-        num_workers: Loader processes. None by default: starting them takes longer than reading so few small images.
+        num_workers: Number of loader processes. 0 by default: starting them takes longer than reading the images.
 
     Raises:
         ValueError: If ``category`` is unknown.
@@ -89,7 +90,7 @@ class DemoTextures(MVTecAD):
             raise ValueError(msg)
         cache = user_cache_path("decodiff_anomalib", appauthor=False) if root is None else Path(root)
         super().__init__(
-            # Anomalib files result pictures under the part of the path that follows a folder named like the class.
+            # Anomalib saves a picture under the part of the image's path that follows a folder named like the class.
             root=cache / VERSION / "DemoTextures",
             category=category,
             train_batch_size=train_batch_size,
@@ -103,16 +104,16 @@ class DemoTextures(MVTecAD):
         self.val_data = MVTecADDataset(root=self.root, category=self.category, split=VALIDATION)
 
     def prepare_data(self) -> None:
-        """Make the images of all categories unless they are there, complete and unaltered.
+        """Create the images of all categories unless they exist, complete and unchanged.
 
         Raises:
-            ImportError: If scikit-image, whose photographs are used, is missing.
+            ImportError: If scikit-image, which contains the photographs, is missing.
             OSError: If the folder cannot be written.
         """
         if is_intact(self.root):
             logger.info("Found the demo textures in %s.", self.root)
         else:
-            logger.info("Making the demo textures in %s.", self.root)
+            logger.info("Creating the demo textures in %s.", self.root)
             build_textures(self.root)
 
 
@@ -120,11 +121,11 @@ class DemoTextures(MVTecAD):
 
 
 def build_textures(folder: Path) -> None:
-    """Write all categories to ``folder``, all at once or not at all; what was there before is replaced.
+    """Write all categories to ``folder`` atomically; an existing folder is replaced.
 
     Args:
-        folder: ``<category>/train/good``, ``validation/good``, ``test/good``, ``test/<defect>`` and
-            ``ground_truth/<defect>`` go below it.
+        folder: Parent folder of ``<category>/train/good``, ``validation/good``, ``test/good``, ``test/<defect>`` and
+            ``ground_truth/<defect>``.
 
     Raises:
         ImportError: If scikit-image or its photographs are missing.
@@ -133,25 +134,25 @@ def build_textures(folder: Path) -> None:
     photographs = {category: _load_photograph(category) for category in FOREIGN_MATERIAL}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Built beside its destination: a rename within one file system is atomic, whenever we are interrupted.
-        with TemporaryDirectory(prefix=".building-", dir=folder.parent) as scratch:
-            fresh = Path(scratch, "fresh")
+        # Beside ``folder``, hence on the same file system, where a rename is atomic.
+        with TemporaryDirectory(prefix=".staging-", dir=folder.parent) as staging_directory:
+            staged = Path(staging_directory, "staged")
             for seed, category in enumerate(photographs):
                 foreign = photographs[FOREIGN_MATERIAL[category]]
-                _write_category(fresh / category, photographs[category], foreign, np.random.default_rng(seed))
-            (fresh / MANIFEST).write_text(json.dumps(_digests(fresh), indent=0))
-            if is_intact(folder):  # another process was quicker and may be reading already
+                _write_category(staged / category, photographs[category], foreign, np.random.default_rng(seed))
+            (staged / MANIFEST).write_text(json.dumps(_digests(staged), indent=0))
+            if is_intact(folder):  # another process has finished first and may already be reading
                 return
             if folder.exists():
-                folder.rename(Path(scratch, "damaged"))
-            fresh.rename(folder)
+                folder.rename(Path(staging_directory, "replaced"))
+            staged.rename(folder)
     except OSError as error:
         msg = f"Cannot write the demo textures to '{folder}' ({error}). Name a writable folder: DemoTextures(root=...)."
         raise OSError(msg) from error
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether ``folder`` holds exactly the files, byte for byte, that ``build_textures`` wrote."""
+    """Whether ``folder`` contains exactly the images that ``build_textures`` wrote, byte for byte."""
     try:
         return json.loads((folder / MANIFEST).read_text()) == _digests(folder)
     except (OSError, ValueError):
@@ -166,7 +167,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _load_photograph(category: str) -> Image:
-    # skimage.data.<category>() may fall back to a download; the file in the package cannot.
+    # Not skimage.data.<category>(), which may download the file.
     try:
         with as_file(files("skimage") / "data" / f"{category}.png") as path, PILImage.open(path) as photograph:
             return np.asarray(photograph.convert("L")) / 255
@@ -205,7 +206,7 @@ def _write_images(folder: Path, images: Iterable[Image | NDArray[np.bool_]], suf
 
 
 def _crop(photograph: Image, part: tuple[slice, slice], rng: Generator) -> Image:
-    """Cut a random square out of a part, enlarge it, and vary exposure and orientation as a camera would."""
+    """Crop a random square of a part, enlarge it, and vary exposure and orientation as a camera would."""
     region = photograph[part]
     top, left = (rng.integers(side - CROP_SIZE + 1) for side in region.shape)
     square = region[top : top + CROP_SIZE, left : left + CROP_SIZE]
@@ -216,38 +217,38 @@ def _crop(photograph: Image, part: tuple[slice, slice], rng: Generator) -> Image
     return np.clip(np.asarray(enlarged, dtype=np.float64) * rng.uniform(0.9, 1.1), 0, 1)
 
 
-# Paints on a clean image, given also a crop of the foreign material; returns the result and where it was touched.
+# Takes a clean image, a crop of the foreign material and a generator; returns the painted image and its coverage.
 Painter: TypeAlias = Callable[[Image, Image, Generator], tuple[Image, Coverage]]
 
 
 def _damage(clean: Image, foreign: Image, paint: Painter, rng: Generator) -> tuple[Image, NDArray[np.bool_]]:
-    """Paint a defect; the mask ``(H, W)`` marks it, and outside the mask every pixel stays what it was."""
+    """Paint a defect; return the image and the defect's mask ``(H, W)``, outside which no pixel changes."""
     painted, coverage = paint(clean, foreign, rng)
-    mask = coverage > 0.1  # below, nobody sees the difference: a ground truth has no business there
+    mask = coverage > 0.1  # a smaller change is invisible and does not belong in the ground truth
     return np.where(mask, np.clip(painted, 0, 1), clean), mask
 
 
 def _paint_crack(image: Image, _foreign: Image, rng: Generator) -> tuple[Image, Coverage]:
-    """A dark, branching fissure whose lower lip catches the light."""
-    trunk = _random_path(rng, length=rng.integers(110, 190), bend=0.7, stiffness=3)
+    """A dark, branching crack whose lower edge is lit."""
+    trunk = _random_path(rng, length=int(rng.integers(110, 190)), bend=0.7, stiffness=3)
     crack = _stroke(trunk, width=rng.uniform(4.0, 5.5))
     for start in rng.choice(trunk[20:-20], size=2):
-        branch = _random_path(rng, length=rng.integers(25, 60), bend=0.7, stiffness=3, start=start)
+        branch = _random_path(rng, length=int(rng.integers(25, 60)), bend=0.7, stiffness=3, start=start)
         crack = np.maximum(crack, _stroke(branch, width=2.5))
-    lip = np.clip(-_relief(crack), 0, 1) * (1 - crack)
-    painted = image * (1 - 0.75 * crack) + 0.35 * lip
-    return painted, np.maximum(crack, lip)
+    edge = np.clip(-_relief(crack), 0, 1) * (1 - crack)
+    painted = image * (1 - 0.75 * crack) + 0.35 * edge
+    return painted, np.maximum(crack, edge)
 
 
 def _paint_foreign(image: Image, foreign: Image, rng: Generator) -> tuple[Image, Coverage]:
-    """A clump of another material, as bright as its surroundings, that casts a shadow."""
+    """A clump of another material with the mean brightness of the image; it casts a shadow."""
     clump = _blob(rng, radii=rng.uniform(18, 32, size=2), softness=4)
     material = foreign * (image.mean() / foreign.mean())
     return _lay_on(image, clump, material)
 
 
 def _paint_smear(image: Image, _foreign: Image, rng: Generator) -> tuple[Image, Coverage]:
-    """Something dragged across the surface: the texture runs along one direction and loses its contrast."""
+    """A smear along one axis: the texture is blurred in that direction and loses its contrast."""
     along = rng.permutation([1.0, 9.0])
     smear = 0.9 * _blob(rng, radii=(16, 16) + 2.5 * along, softness=12)
     streaks = gaussian_filter(image, along) + 0.04 * _smooth_noise(rng, along)
@@ -255,7 +256,7 @@ def _paint_smear(image: Image, _foreign: Image, rng: Generator) -> tuple[Image, 
 
 
 def _paint_stain(image: Image, _foreign: Image, rng: Generator) -> tuple[Image, Coverage]:
-    """A liquid that soaked in: the texture shows through, darker, and darkest along the rim where it dried."""
+    """A stain of dried liquid: the texture is darker, most of all along the rim."""
     stain = _blob(rng, radii=rng.uniform(22, 42, size=2), softness=14)
     rim = 4 * stain * (1 - stain)
     absorbed = rng.uniform(0.3, 0.45) * stain + 0.2 * rim
@@ -263,8 +264,8 @@ def _paint_stain(image: Image, _foreign: Image, rng: Generator) -> tuple[Image, 
 
 
 def _paint_wire(image: Image, _foreign: Image, rng: Generator) -> tuple[Image, Coverage]:
-    """A bent wire that lies on the surface, lit along one side and casting a shadow on the other."""
-    path = _random_path(rng, length=rng.integers(90, 200), bend=0.5, stiffness=15)
+    """A bent wire on the surface, lit on one side, with a shadow on the other."""
+    path = _random_path(rng, length=int(rng.integers(90, 200)), bend=0.5, stiffness=15)
     wire = _stroke(path, width=rng.uniform(3.5, 5.5), taper=0)
     metal = rng.uniform(0.35, 0.65) + 0.5 * _relief(wire)
     return _lay_on(image, wire, metal)
@@ -279,18 +280,18 @@ DEFECTS: dict[str, Painter] = {
 }
 
 
-# --- The brushes. Light comes from the upper left. ---
+# --- Drawing functions; light comes from the upper left. ---
 
 
-def _lay_on(image: Image, thing: Coverage, surface: Image) -> tuple[Image, Coverage]:
-    """Put a thing with the given ``surface`` on the image; its shadow falls to the lower right."""
-    shadow = np.clip(gaussian_filter(shift(thing, (4, 4), order=1), 1.5), 0, 1)
+def _lay_on(image: Image, cover: Coverage, surface: Image) -> tuple[Image, Coverage]:
+    """Draw an object with the given ``surface`` on the image; its shadow falls to the lower right."""
+    shadow = np.clip(gaussian_filter(shift(cover, (4, 4), order=1), 1.5), 0, 1)
     painted = image * (1 - 0.5 * shadow)
-    return painted + thing * (surface - painted), np.maximum(thing, shadow)
+    return painted + cover * (surface - painted), np.maximum(cover, shadow)
 
 
 def _relief(height: Coverage) -> Image:
-    """Shade a raised surface, about [-1, 1]: positive where it faces the light, negative where it turns away."""
+    """Shading of a raised surface, about [-1, 1]: positive where it faces the light, negative where it faces away."""
     down, right = np.gradient(gaussian_filter(height, 1.0))
     return 2 * (down + right)
 
@@ -311,29 +312,31 @@ def _random_path(
     """A path of unit steps ``(length, 2)``, row and column, across the image.
 
     Args:
-        rng: Source of randomness.
+        rng: Random number generator.
         length: Number of steps.
-        bend: Standard deviation of the heading in radians; it has no drift, so the path does not curl up.
-        stiffness: Number of steps over which the heading turns.
-        start: Where it begins, ``(2,)``. Random by default.
+        bend: Standard deviation of the heading in radians; without drift, so that the path does not curl up.
+        stiffness: Number of steps over which the heading changes.
+        start: First point ``(2,)``, row and column. Random by default.
     """
     start = rng.uniform(48, IMAGE_SIZE - 48, size=2) if start is None else start
     turns = gaussian_filter1d(rng.standard_normal(length), stiffness)
-    to_row, to_column = IMAGE_SIZE / 2 - start  # head inwards, roughly: most of the path should be in the picture
+    to_row, to_column = (
+        IMAGE_SIZE / 2 - start
+    )  # roughly towards the centre, so that most of the path is inside the image
     heading = np.arctan2(to_column, to_row) + rng.uniform(-0.9, 0.9) + bend * turns / turns.std()
     return start + np.cumsum(np.stack([np.cos(heading), np.sin(heading)], axis=1), axis=0)
 
 
 def _stroke(path: NDArray[np.float64], width: float, taper: float = 0.7) -> Coverage:
-    """Draw along ``path`` ``(N, 2)`` with a pen that loses the share ``taper`` of its width on the way."""
+    """Draw a line along ``path`` ``(N, 2)`` whose width decreases by the share ``taper`` from start to end."""
     pixels = np.indices((IMAGE_SIZE, IMAGE_SIZE)).reshape(2, -1).T
-    # Beyond the bound the distance is infinite and the nearest step len(path): nothing is drawn, and fast.
+    # Beyond the bound, which makes the query fast, the distance is infinite and the index len(path): nothing is drawn.
     distance, nearest = cKDTree(path).query(pixels, distance_upper_bound=width)
     half_width = width / 2 * (1 - taper * nearest / len(path))
     return np.clip(half_width + 0.5 - distance, 0, 1).reshape(IMAGE_SIZE, IMAGE_SIZE)
 
 
 def _smooth_noise(rng: Generator, sigma: float | NDArray[np.float64]) -> Image:
-    """Noise of zero mean and unit variance with lumps of about ``sigma`` pixels."""
+    """Gaussian noise, smoothed with standard deviation ``sigma`` in pixels and scaled to unit variance."""
     noise = gaussian_filter(rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE)), sigma, mode="wrap")
     return noise / noise.std()

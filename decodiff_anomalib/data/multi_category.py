@@ -1,87 +1,80 @@
-"""Several product categories in one datamodule, for any of Anomalib's models.
+"""Datamodule of several categories, for any of Anomalib's models.
 
-Each category keeps an Anomalib datamodule of its own, which finds the images, splits them and reads them. On top,
-:class:`MultiCategory` joins their subsets, and items and batches say which category an image belongs to.
+Each category has an Anomalib datamodule, which finds, splits and reads its images. :class:`MultiCategory` joins their
+subsets.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 import torch
-from anomalib import TaskType
-from anomalib.data.dataclasses.numpy.image import NumpyImageBatch, NumpyImageItem
-from anomalib.data.dataclasses.torch.image import ImageBatch, ImageItem
 from anomalib.data.datamodules.base.image import AnomalibDataModule
-from anomalib.data.datamodules.image.tabular import Tabular
 from anomalib.data.datasets.base.depth import AnomalibDepthDataset
-from anomalib.data.datasets.base.image import AnomalibDataset
 from anomalib.data.datasets.base.video import AnomalibVideoDataset
-from anomalib.data.datasets.image.tabular import TabularDataset
-from anomalib.data.utils import LabelName, Split, ValSplitMode
+from anomalib.data.utils import LabelName, ValSplitMode
 from anomalib.utils.attrs import get_nested_attr
 from anomalib.utils.path import generate_output_filename
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, WeightedRandomSampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler, WeightedRandomSampler
 from torchvision.transforms.v2 import Transform
 
+from decodiff_anomalib.data.dataset import HomogeneousBatchSampler, MultiCategoryDataset
+from decodiff_anomalib.data.layout import CategoryFolder, find_categories, read_layout
+
 SUBSETS = ("train", "val", "test")
-VALIDATION = "validation"  # the folder's name, as in MVTec LOCO
 
 
 class MultiCategory(AnomalibDataModule):
     """Anomalib datamodule of several categories, to train one model for all of them.
 
-    Give either ``root``, a folder with a sub-folder in MVTec AD's layout for each category, or ``datamodules``. Images
-    may differ in size, aspect and colour from category to category. Nothing is downloaded for ``root``.
+    Give either ``root``, a folder with one sub-folder in MVTec AD's layout for each category, or ``datamodules``. Size,
+    aspect ratio and colour of the images may differ between categories. Nothing is downloaded for ``root``.
 
-    Where a category has no normal test images, a fifth of its training images become that, as usual in Anomalib.
+    If a category has no normal test images, a fifth of its training images are used for testing, as Anomalib does.
 
-    A category may come without masks (no ``ground_truth`` folder). Pixel metrics then cover every image whose pixels
-    are known: normal images of all categories, which are normal everywhere, and defective images with a mask. Defective
-    images without one count in the image metrics only and are batched separately for it.
+    A category may have no masks (no ``ground_truth`` folder). Pixel metrics then cover every image whose anomalous
+    pixels are known: the normal images of all categories, which have none, and the defective images with a mask.
+    Defective images without a mask count in the image metrics only, and are batched separately for this reason.
 
-    Tests of any model end with :class:`~decodiff_anomalib.evaluation.CategoryReport`, a table of all categories.
+    Testing any model ends with :class:`~decodiff_anomalib.evaluation.CategoryReport`, a table of all categories.
 
     Args:
         root: Folder of ``<category>/train/good``, ``<category>/test/<good or defect>`` and, optionally,
             ``<category>/ground_truth/<defect>``, with masks named like their image or with ``_mask`` added, and
             ``<category>/validation/good``.
         categories: Names of the categories to use, in the order of their indices. All by default, sorted for ``root``
-            and as given for ``datamodules``.
+            and in the given order for ``datamodules``.
         datamodules: Category name to an image datamodule, or to its ``class_path`` and ``init_args``. Their roots,
-            test splits and augmentations are respected; batch sizes, workers, validation split and seed are those
-            given here.
+            test splits and augmentations are kept; batch sizes, workers, validation split and seed are the ones given
+            here.
         train_batch_size: Batch size for training.
         eval_batch_size: Batch size for validation and test.
-        num_workers: Loader processes.
-        train_augmentations: Transform of the training images, for each category whose datamodule brings none.
+        num_workers: Number of loader processes.
+        train_augmentations: Transform of the training images, for each category whose datamodule has none.
         val_augmentations: The same for validation.
         test_augmentations: The same for test.
-        val_split_mode: As in Anomalib, for each category by itself. By default a category's own validation images are
-            used, of ``validation/good`` or of its datamodule, and normal training images are held out where it has
-            none; ``from_test`` and ``same_as_test`` let test images set the thresholds.
+        val_split_mode: As in Anomalib, for each category separately. By default, validation images that a category has
+            (in ``validation/good`` or in its datamodule) are used, and otherwise normal training images are held out;
+            with ``from_test`` and ``same_as_test``, thresholds depend on test images.
         val_split_ratio: Share of a category that is held out, in (0, 1).
-        balance: Draw every category equally often in training, with replacement: in an epoch, as long as without it,
-            images of small categories come several times and some of large ones not at all.
+        balance: Draw every category equally often in training, with replacement. The length of an epoch stays the same,
+            so it repeats images of small categories and omits some of large ones.
         seed: Seed of the splits and of the order of the training images.
 
     Attributes:
         categories: Their names; the position is a category's index.
-        datamodules: Category name to the datamodule behind it.
+        datamodules: Category name to its datamodule.
 
     Raises:
-        FileNotFoundError: If ``root`` does not exist, or holds no category.
-        ValueError: If both or neither of ``root`` and ``datamodules`` are given, ``categories`` names none, an unknown
-            one, or one twice, a category below ``root`` lacks training images or some of its masks, or an argument is
-            out of range.
+        FileNotFoundError: If ``root`` does not exist, or contains no category.
+        ValueError: If both or neither of ``root`` and ``datamodules`` are given, ``categories`` is empty, names an
+            unknown category, or names one twice, a category below ``root`` lacks training images or some of its masks,
+            or an argument is out of range.
 
     Example:
         >>> datamodule = MultiCategory(root="datasets/MVTecAD", categories=["bottle", "cable"])
@@ -89,6 +82,11 @@ class MultiCategory(AnomalibDataModule):
         >>> next(iter(datamodule.test_dataloader())).category[0]
         'bottle'
     """
+
+    seed: int
+    train_data: MultiCategoryDataset
+    val_data: MultiCategoryDataset
+    test_data: MultiCategoryDataset
 
     def __init__(
         self,
@@ -130,22 +128,25 @@ class MultiCategory(AnomalibDataModule):
         )
         self.root = None if root is None else Path(root).resolve()
         self.balance = balance
+        self.datamodules: dict[str, AnomalibDataModule]
         if self.root is not None:
-            folders = _find_categories(self.root)
+            folders = find_categories(self.root)
             self.categories = _choose(categories, list(folders))
-            self.datamodules = {name: CategoryFolder(name, _read_layout(folders[name])) for name in self.categories}
-        else:
+            self.datamodules = {name: CategoryFolder(name, read_layout(folders[name])) for name in self.categories}
+        elif datamodules is not None:
             self.categories = _choose(categories, list(datamodules))
             self.datamodules = {name: _as_datamodule(datamodules[name]) for name in self.categories}
 
     @property
     def name(self) -> str:
-        """Name of the folder that holds all categories, or of this class where they share none.
+        """Name of the folder that contains all categories, or of this class if there is no such folder.
 
-        Anomalib keeps that part of an image's path which follows a folder of this name, and so tells the pictures of
+        Anomalib saves a picture under the part of the image's path that follows a folder of this name; this keeps
         ``pcb/test/good/000.png`` and ``tile/test/good/000.png`` apart.
         """
-        roots = [self.root] if self.root else [getattr(inner, "root", None) for inner in self.datamodules.values()]
+        roots: list[Any] = [self.root]
+        if self.root is None:
+            roots = [getattr(inner, "root", None) for inner in self.datamodules.values()]
         try:
             shared = os.path.commonpath([Path(root).resolve() for root in roots])
         except (TypeError, ValueError):  # a datamodule without a root; roots on two drives
@@ -154,7 +155,10 @@ class MultiCategory(AnomalibDataModule):
 
     @property
     def counts(self) -> pd.DataFrame:
-        """Images of each category, in index order, and in total: a column for each subset and label, after setup."""
+        """Number of images of each category, in index order, and in total; available after setup.
+
+        One column for each subset and label, and one for the test masks.
+        """
         label = {LabelName.NORMAL: "normal", LabelName.ABNORMAL: "defective", LabelName.UNKNOWN: "unlabelled"}
         samples = pd.concat(
             [data.samples.assign(subset=subset) for subset, data in self._subsets.items()], ignore_index=True
@@ -170,54 +174,56 @@ class MultiCategory(AnomalibDataModule):
         return table.rename_axis(index=None, columns=None)
 
     @property
-    def _subsets(self) -> dict[str, "MultiCategoryDataset"]:
+    def _subsets(self) -> dict[str, MultiCategoryDataset]:
         return {name: getattr(self, f"{name}_data") for name in SUBSETS if hasattr(self, f"{name}_data")}
 
     def prepare_data(self) -> None:
-        """Let the given datamodules fetch their images; what is below ``root`` is there already.
+        """Let the given datamodules download or create their images; does nothing for ``root``.
 
         Raises:
             RuntimeError: If a datamodule fails; names its category.
         """
         if self.root is None:
             for name, inner in self.datamodules.items():
-                with _naming(name, inner):
+                with _name_category_in_errors(name, inner):
                     inner.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find and split the images; a test ends with a report by category.
+        """Find and split the images; attach the report by category if ``stage`` is a test.
 
         Args:
-            stage: Of the trainer: ``fit``, ``validate``, ``test`` or ``predict``.
+            stage: Stage of the trainer: ``fit``, ``validate``, ``test`` or ``predict``.
         """
         super().setup(stage)
         if stage == TrainerFn.TESTING and self.trainer is not None:
-            from decodiff_anomalib.evaluation import CategoryReport  # imports SciPy, of no use to other stages
+            from decodiff_anomalib.evaluation import CategoryReport  # imports SciPy, which other stages do not need
 
             CategoryReport.attach(self.trainer, self.categories)
 
     def _setup(self, _stage: str | None = None) -> None:
-        """Split every category by itself, then join the categories.
+        """Split every category separately, then join the categories.
 
         Raises:
             RuntimeError: If a datamodule fails, or has no images to train or to validate on; names its category.
             ValueError: If two categories contain the same image.
         """
         for name, inner in self.datamodules.items():
-            with _naming(name, inner):
+            with _name_category_in_errors(name, inner):
                 self._split(inner)
         self._refuse_shared_images()
-        # Only now, so that a failure leaves no half-filled subsets behind.
+        # After all checks, so that an error leaves no subset of only some categories.
         for subset in SUBSETS if self.val_split_mode != ValSplitMode.NONE else ("train", "test"):
             parts = {name: getattr(inner, f"{subset}_data") for name, inner in self.datamodules.items()}
             setattr(self, f"{subset}_data", MultiCategoryDataset(parts))
         rank_zero_info("%d categories:\n%s", len(self.categories), self.counts.to_string())
-        self._warn_of_shared_pictures()
+        self._warn_of_overwritten_pictures()
 
     def _split(self, inner: AnomalibDataModule) -> None:
-        has_its_own = inner.val_split_mode == ValSplitMode.FROM_DIR and self.val_split_mode == ValSplitMode.FROM_TRAIN
+        uses_own_validation = (
+            inner.val_split_mode == ValSplitMode.FROM_DIR and self.val_split_mode == ValSplitMode.FROM_TRAIN
+        )
         inner.seed, inner.val_split_ratio = self.seed, self.val_split_ratio
-        inner.val_split_mode = ValSplitMode.FROM_DIR if has_its_own else ValSplitMode.NONE
+        inner.val_split_mode = ValSplitMode.FROM_DIR if uses_own_validation else ValSplitMode.NONE
         inner.setup()
         num_train = len(inner.train_data)
         if not num_train:
@@ -226,9 +232,9 @@ class MultiCategory(AnomalibDataModule):
         if isinstance(inner.train_data, AnomalibDepthDataset | AnomalibVideoDataset):
             msg = f"{type(inner.train_data).__name__} gives no plain images. Use an image datamodule."
             raise TypeError(msg)
-        if not has_its_own:
+        if not uses_own_validation:
             inner.val_split_mode = self.val_split_mode
-        inner._create_val_split()  # noqa: SLF001 - a method of our own base class, which setup() would call too early
+        inner._create_val_split()  # noqa: SLF001 - method of our own base class, which setup() would call too early
         if self.val_split_mode != ValSplitMode.NONE and not len(getattr(inner, "val_data", ())):
             msg = (
                 f"val_split_mode={self.val_split_mode.value} and val_split_ratio={self.val_split_ratio} give no "
@@ -248,12 +254,12 @@ class MultiCategory(AnomalibDataModule):
                     raise ValueError(msg)
 
     def _create_test_split(self) -> None:
-        """Do nothing: each category has split its own images."""
+        """Do nothing: the datamodule of each category has split its own images."""
 
     def _create_val_split(self) -> None:
-        """Do nothing: each category has split its own images."""
+        """Do nothing: the datamodule of each category has split its own images."""
 
-    def _warn_of_shared_pictures(self) -> None:
+    def _warn_of_overwritten_pictures(self) -> None:
         paths = self.test_data.samples.image_path
         pictures = {generate_output_filename(path, "", self.name, mkdir=False) for path in paths}
         if len(pictures) < len(paths):
@@ -264,21 +270,23 @@ class MultiCategory(AnomalibDataModule):
             )
 
     def _update_augmentations(self) -> None:
-        """Give the images of each category the augmentations of its datamodule, else ours, and the model's size."""
+        """Set the augmentations of each category and the model's image size.
+
+        The augmentations are those of the category's datamodule, or of this one where that has none.
+        """
         transform = get_nested_attr(self, "trainer.model.pre_processor.transform", None)
         for subset, data in self._subsets.items():
             for part in data.parts:
-                own = getattr(self.datamodules[part.category], f"{subset}_augmentations")
+                own = getattr(self.datamodules[str(part.category)], f"{subset}_augmentations")
                 part.augmentations = getattr(self, f"{subset}_augmentations") if own is None else own
                 if transform:
                     self._update_subset_augmentations(part, part.augmentations, transform)
 
-    # ---------------------------------------------------------------- loaders
-
     def train_dataloader(self) -> DataLoader:
-        """Training images in an order that the seed decides, whatever else draws random numbers.
+        """Training images in an order that depends on ``seed`` alone, not on the global random state.
 
-        Distributed training keeps the balance: Lightning hands each process a share of what the sampler draws.
+        Distributed training keeps the balance: Lightning gives each process a share of the indices that the sampler
+        draws.
         """
         generator = torch.Generator().manual_seed(self.seed)
         sampler: Sampler[int] = RandomSampler(self.train_data, generator=generator)
@@ -303,12 +311,15 @@ class MultiCategory(AnomalibDataModule):
         """Test images in the order of their paths."""
         return self._eval_dataloader(self.test_data)
 
-    def _eval_dataloader(self, dataset: "MultiCategoryDataset") -> DataLoader:
+    def _eval_dataloader(self, dataset: MultiCategoryDataset) -> DataLoader:
         known = dataset.has_pixel_truth.tolist()
+        batching: dict[str, Any]
         if len(set(known)) < 2:
             batching = {"batch_size": self.eval_batch_size}
         else:
-            batches = RunBatchSampler(SequentialSampler(dataset), self.eval_batch_size, drop_last=False, keys=known)
+            batches = HomogeneousBatchSampler(
+                SequentialSampler(dataset), self.eval_batch_size, drop_last=False, keys=known
+            )
             batching = {"batch_sampler": batches}
         return DataLoader(
             dataset,
@@ -318,181 +329,8 @@ class MultiCategory(AnomalibDataModule):
         )
 
 
-class CategoryFolder(Tabular):
-    """One category below the root, with its own validation images where it has some.
-
-    Args:
-        name: Of the category.
-        samples: What :func:`_read_layout` found.
-    """
-
-    def __init__(self, name: str, samples: pd.DataFrame) -> None:
-        has_its_own = (samples.split == VALIDATION).any()
-        super().__init__(name, samples, val_split_mode=ValSplitMode.FROM_DIR if has_its_own else ValSplitMode.NONE)
-
-    def _setup(self, _stage: str | None = None) -> None:
-        super()._setup(_stage)
-        if self.val_split_mode == ValSplitMode.FROM_DIR:
-            self.val_data = TabularDataset(self.name, samples=self._unprocessed_samples, split=VALIDATION)
-
-
-# --- Items and batches that know their category ---
-
-
-@dataclass
-class NumpyCategoryItem(NumpyImageItem):
-    """Anomalib's item with the name of its category."""
-
-    category: str | None = None
-
-
-@dataclass
-class NumpyCategoryBatch(NumpyImageBatch):
-    """Anomalib's batch with the names of its items' categories."""
-
-    item_class: ClassVar[type[NumpyCategoryItem]] = NumpyCategoryItem
-    category: list[str] | None = None
-
-
-@dataclass
-class CategoryItem(ImageItem):
-    """Anomalib's item with the name of its category."""
-
-    numpy_class: ClassVar[type[NumpyCategoryItem]] = NumpyCategoryItem
-    category: str | None = None
-
-
-@dataclass
-class CategoryBatch(ImageBatch):
-    """Anomalib's batch with the names of its items' categories.
-
-    Names rather than indices: those of a trained model need not be those of the data it is tested on.
-    """
-
-    item_class: ClassVar[type[CategoryItem]] = CategoryItem
-    numpy_class: ClassVar[type[NumpyCategoryBatch]] = NumpyCategoryBatch
-    category: list[str] | None = None
-
-    @classmethod
-    def collate(cls, items: list[CategoryItem]) -> "CategoryBatch":
-        """Batch the items; a field that some of them lack is absent from the batch.
-
-        Anomalib goes by the first item alone, which makes the fields of the others crash or vanish.
-        """
-        mask_path = [item.mask_path or "" for item in items]
-        for field in fields(cls):
-            if any(getattr(item, field.name) is None for item in items):
-                for item in items:
-                    setattr(item, field.name, None)
-        batch = super().collate(items)
-        batch.mask_path = mask_path if any(mask_path) else None
-        return batch
-
-
-class MultiCategoryDataset(AnomalibDataset):
-    """Images of several datasets, each read by its own.
-
-    Args:
-        parts: Category name to its dataset, whose ``category`` is set to that name.
-
-    Attributes:
-        parts: The datasets. ``samples`` has a row for each image, with its ``category``, the ``part`` that reads it and
-            its ``row`` there.
-    """
-
-    def __init__(self, parts: dict[str, AnomalibDataset]) -> None:
-        super().__init__()
-        self.parts = list(parts.values())
-        for part, category in zip(self.parts, parts, strict=True):
-            part.category = category
-        self.samples = pd.concat([_tabulate(part, index) for index, part in enumerate(self.parts)], ignore_index=True)
-
-    @property
-    def task(self) -> TaskType:
-        """Segmentation if any category has masks."""
-        tasks = {part.task for part in self.parts}
-        return TaskType.SEGMENTATION if TaskType.SEGMENTATION in tasks else TaskType.CLASSIFICATION
-
-    @property
-    def has_pixel_truth(self) -> "pd.Series[bool]":
-        """Whether it is known, for each sample, which pixels are anomalous."""
-        if self.task == TaskType.CLASSIFICATION:
-            return pd.Series(data=False, index=self.samples.index)
-        segmented = [part.task == TaskType.SEGMENTATION for part in self.parts]
-        label = self.samples.label_index
-        return (label == LabelName.NORMAL) | (
-            (label == LabelName.ABNORMAL) & self.samples.part.map(segmented.__getitem__)
-        )
-
-    @property
-    def collate_fn(self) -> Callable:
-        """Batches of :class:`CategoryBatch`."""
-        return CategoryBatch.collate
-
-    def __getitem__(self, index: int) -> CategoryItem:
-        sample = self.samples.iloc[index]
-        item = self.parts[sample["part"]][sample["row"]]
-        values = {field.name: getattr(item, field.name) for field in fields(ImageItem)}
-        if item.gt_mask is None and item.gt_label == LabelName.NORMAL and self.task == TaskType.SEGMENTATION:
-            values["gt_mask"] = torch.zeros(item.image.shape[-2:], dtype=torch.bool)
-        return CategoryItem(**values, category=sample["category"])
-
-    def __add__(self, other: "MultiCategoryDataset") -> "MultiCategoryDataset":
-        """Concatenate; every image is still read by the dataset it came from."""
-        dataset = super().__add__(other)
-        dataset.parts += other.parts
-        shifted = other.samples.assign(part=other.samples["part"] + len(self.parts))
-        dataset.samples = pd.concat([self.samples, shifted], ignore_index=True)
-        return dataset
-
-
-class RunBatchSampler(BatchSampler):
-    """Batches that end early where the key of the samples changes, so that all samples of a batch share it.
-
-    Args:
-        sampler: Gives the order of the samples.
-        batch_size: Largest size of a batch.
-        drop_last: Whether smaller batches are left out.
-        keys: A key for every sample of the dataset.
-    """
-
-    # Lightning puts a sampler for distributed runs in the place of ours; it knows the arguments by these names.
-    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, keys: Sequence[object]) -> None:
-        super().__init__(sampler, batch_size, drop_last)
-        self.keys = keys
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for _, run in groupby(self.sampler, key=self.keys.__getitem__):
-            while batch := list(islice(run, self.batch_size)):
-                if len(batch) == self.batch_size or not self.drop_last:
-                    yield batch
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def _tabulate(part: AnomalibDataset, index: int) -> pd.DataFrame:
-    """The columns that all of Anomalib's datasets have, and where each sample comes from."""
-    samples = part.samples
-    return pd.DataFrame(
-        {
-            "image_path": samples.image_path.astype(str),
-            "split": samples.split.astype(str),
-            "label": samples.get("label", pd.Series("", index=samples.index)).astype(str),
-            "label_index": samples.label_index.astype(int),
-            "mask_path": samples.mask_path.fillna("").astype(str),
-            "category": part.category,
-            "part": index,
-            "row": range(len(samples)),
-        }
-    )
-
-
-# --- Finding categories ---
-
-
 def _choose(wanted: Sequence[str] | None, available: list[str]) -> list[str]:
-    """The wanted categories in their order, or all."""
+    """The wanted categories in the given order, or all."""
     chosen = available if wanted is None else list(wanted)
     if not chosen:
         msg = "MultiCategory needs at least one category; none was named."
@@ -509,78 +347,17 @@ def _choose(wanted: Sequence[str] | None, available: list[str]) -> list[str]:
 
 
 def _as_datamodule(given: AnomalibDataModule | dict[str, Any]) -> AnomalibDataModule:
-    """A datamodule as it is, or built from its configuration, which is what ``anomalib benchmark`` hands over."""
+    """The given datamodule, or the one built from its configuration, which ``anomalib benchmark`` passes."""
     if isinstance(given, AnomalibDataModule):
         return given
-    from anomalib.data import get_datamodule  # defined after the plugin has imported this module
+    from anomalib.data import get_datamodule  # defined only after the plugin has imported this module
 
     return get_datamodule(given)
 
 
-def _find_categories(root: Path) -> dict[str, Path]:
-    """Folders of the categories below ``root``, by name."""
-    layout = "MultiCategory looks for <root>/<category>/train/good and <root>/<category>/test/<good or defect>"
-    if not root.is_dir():
-        msg = f"root='{root}' is not a folder. {layout}, and downloads nothing."
-        raise FileNotFoundError(msg)
-    folders = {
-        folder.name: folder
-        for folder in sorted(root.iterdir())
-        if not folder.name.startswith(".")
-        and any((folder / split.value).is_dir() for split in (Split.TRAIN, Split.TEST))
-    }
-    if not folders:
-        msg = f"root='{root}' holds no category. {layout}; root is the folder above the categories."
-        raise FileNotFoundError(msg)
-    return folders
-
-
-def _read_layout(folder: Path) -> pd.DataFrame:
-    """Tabulate the images of one category in MVTec AD's layout, of any of the usual image formats.
-
-    Raises:
-        ValueError: If there are no training images, or masks for some defective images only.
-    """
-    paths = [
-        path
-        for path in sorted(folder.glob("*/*/*"))
-        if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")  # such as macOS leaves in archives
-    ]
-    masks = {
-        (path.parent.name, path.stem.removesuffix("_mask")): str(path)
-        for path in paths
-        if path.parts[-3] == "ground_truth"
-    }
-    samples = pd.DataFrame(
-        [
-            {
-                "image_path": str(path),
-                "split": path.parts[-3],
-                "label": path.parent.name,
-                "label_index": LabelName.NORMAL if path.parent.name == "good" else LabelName.ABNORMAL,
-                "mask_path": masks.get((path.parent.name, path.stem), ""),
-            }
-            for path in paths
-            if path.parts[-3] in {Split.TRAIN.value, Split.TEST.value} or path.parts[-3:-1] == (VALIDATION, "good")
-        ]
-    )
-    if samples.empty or not (samples.split == Split.TRAIN.value).any():
-        msg = f"Category {folder.name!r} has no training images in '{folder}/train/good'. Add some, or leave it out."
-        raise ValueError(msg)
-    unmasked = samples[(samples.label_index == LabelName.ABNORMAL) & (samples.mask_path == "")]
-    if masks and len(unmasked):
-        msg = (
-            f"Category {folder.name!r} has masks, but none for {len(unmasked)} defective images such as "
-            f"'{unmasked.image_path.iloc[0]}'. Add ground_truth/<defect>/<image>_mask.png for each, or remove "
-            "ground_truth to use the category without masks."
-        )
-        raise ValueError(msg)
-    return samples
-
-
 @contextmanager
-def _naming(category: str, datamodule: AnomalibDataModule) -> Iterator[None]:
-    """Say which category failed."""
+def _name_category_in_errors(category: str, datamodule: AnomalibDataModule) -> Iterator[None]:
+    """Turn any exception of the block into one that names the category."""
     try:
         yield
     except Exception as error:

@@ -1,9 +1,9 @@
-"""What exports cost and keep: size, speed and accuracy of each, against the model in PyTorch. Run with ``-s``.
+"""Size, speed and accuracy of each kind of export, compared with the model in PyTorch. Run with ``-s``.
 
-A model is trained for it, minutes long, unless ``DECODIFF_CHECKPOINT`` names one of the same data.
+A model is trained first, which takes minutes, unless ``DECODIFF_CHECKPOINT`` names one of the same data.
 
-Times are ratios of medians, taken in turn in one process with as many threads for each; the quartiles of the ratio of
-each turn say how far they can be trusted.
+Speeds are ratios of medians, measured in turns in one process with the same number of threads; the quartiles of the
+ratio over the turns show their uncertainty.
 """
 
 import os
@@ -22,22 +22,23 @@ from anomalib.engine import Engine
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from decodiff_anomalib import DeCoDiff, MultiCategory
-from decodiff_anomalib.export import _spread, as_predicting
+from decodiff_anomalib.export import prediction_pipeline
+from decodiff_anomalib.export.images import evenly_spaced
 
 pytestmark = pytest.mark.benchmarks
 
-TURNS = {1: 30, 8: 8}
+TURNS = {1: 30, 8: 8}  # by batch size
 ALLOWED_LOSS = 0.005
 
 Outputs = dict[str, np.ndarray]
 
 
-class Contender(NamedTuple):
-    """A way to run the model.
+class Export(NamedTuple):
+    """An exported file in a runtime, or the model itself.
 
     Attributes:
-        infer: Images ``(B, 3, H, W)`` to outputs.
-        megabytes: Of its files.
+        infer: Images ``(B, 3, H, W)`` in [0, 1] to outputs by name.
+        megabytes: Size of its files.
     """
 
     infer: Callable[[np.ndarray], Outputs]
@@ -60,23 +61,23 @@ def model(data: MultiCategory, tmp_path_factory: pytest.TempPathFactory) -> DeCo
 
 
 @pytest.fixture(scope="module")
-def contenders(model: DeCoDiff, data: MultiCategory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Contender]:
+def exports(model: DeCoDiff, data: MultiCategory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
     folder = tmp_path_factory.mktemp("exports")
-    predicting = as_predicting(model)
+    pipeline = prediction_pipeline(model)
 
-    def eager(images: np.ndarray) -> Outputs:
+    def pytorch(images: np.ndarray) -> Outputs:
         with torch.inference_mode():
-            return {name: value.numpy() for name, value in predicting.see(torch.from_numpy(images)).items()}
+            return {name: value.numpy() for name, value in pipeline.outputs(torch.from_numpy(images)).items()}
 
     weights = sum(tensor.nbytes for tensor in model.model.state_dict().values())
-    found = {"PyTorch": Contender(eager, weights / 2**20)}
+    exports = {"PyTorch": Export(pytorch, weights / 2**20)}
 
     path = model.to_onnx(folder, datamodule=data)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    found["ONNX Runtime"] = Contender(
+    exports["ONNX Runtime"] = Export(
         lambda images: dict(zip(names, session.run(names, {"input": images}), strict=True)), path.stat().st_size / 2**20
     )
     for compression in (None, CompressionType.FP16, CompressionType.INT8, CompressionType.INT8_PTQ):
@@ -88,19 +89,19 @@ def contenders(model: DeCoDiff, data: MultiCategory, tmp_path_factory: pytest.Te
             compiled = openvino.compile_model(
                 path, "CPU", config | ({"INFERENCE_PRECISION_HINT": precision} if precision else {})
             )
-            chosen = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-            if precision or chosen != "f32":
-                found[f"OpenVINO {name}, {chosen}"] = Contender(
-                    lambda images, run=compiled: {output.any_name: value for output, value in run(images).items()},
+            actual = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+            if precision or actual != "f32":
+                exports[f"OpenVINO {name}, {actual}"] = Export(
+                    lambda images, graph=compiled: {output.any_name: value for output, value in graph(images).items()},
                     megabytes,
                 )
-    return found
+    return exports
 
 
 @pytest.fixture(scope="module")
-def tested(data: MultiCategory) -> dict[str, np.ndarray]:
+def test_set(data: MultiCategory) -> dict[str, np.ndarray]:
     data.setup("test")
-    batches = list(_spread(data.test_data, len(data.test_data)))
+    batches = list(evenly_spaced(data.test_data, len(data.test_data)))
     return {
         "images": np.concatenate([batch.image.numpy() for batch in batches]),
         "masks": np.concatenate([batch.gt_mask.numpy() for batch in batches]).astype(bool),
@@ -109,63 +110,63 @@ def tested(data: MultiCategory) -> dict[str, np.ndarray]:
     }
 
 
-def predicted(contender: Contender, images: np.ndarray) -> Outputs:
-    seen = [contender.infer(images[start : start + 8]) for start in range(0, len(images), 8)]
+def predict(export: Export, images: np.ndarray) -> Outputs:
+    batches = [export.infer(images[start : start + 8]) for start in range(0, len(images), 8)]
     return {
-        name: np.concatenate([outputs[name] for outputs in seen])
+        name: np.concatenate([outputs[name] for outputs in batches])
         for name in ("pred_score", "anomaly_map", "pred_label")
     }
 
 
-def figures(outputs: Outputs, tested: dict[str, np.ndarray]) -> np.ndarray:
+def metrics(outputs: Outputs, test_set: dict[str, np.ndarray]) -> np.ndarray:
     """Pixel AP and image AUROC ``(categories, 2)``."""
     rows = []
-    for category in np.unique(tested["categories"]):
-        chosen = tested["categories"] == category
+    for category in np.unique(test_set["categories"]):
+        chosen = test_set["categories"] == category
         rows.append(
             (
-                average_precision_score(tested["masks"][chosen].ravel(), outputs["anomaly_map"][chosen].ravel()),
-                roc_auc_score(tested["labels"][chosen], outputs["pred_score"][chosen]),
+                average_precision_score(test_set["masks"][chosen].ravel(), outputs["anomaly_map"][chosen].ravel()),
+                roc_auc_score(test_set["labels"][chosen], outputs["pred_score"][chosen]),
             )
         )
     return np.array(rows)
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(infer: Callable[[], object]) -> float:
     started = time.perf_counter()
-    run()
+    infer()
     return time.perf_counter() - started
 
 
-def test_accuracy_is_kept(contenders: dict[str, Contender], tested: dict[str, np.ndarray]) -> None:
-    ours = predicted(contenders["PyTorch"], tested["images"])
-    wanted = figures(ours, tested)
-    print(f"\nPixel AP and image AUROC of PyTorch by category:\n{wanted.round(4)}\n")
-    lost = {}
-    for name, contender in list(contenders.items())[1:]:
-        theirs = predicted(contender, tested["images"])
-        gained = figures(theirs, tested) - wanted
-        lost[name] = -gained.mean(0).min()
-        difference = abs(theirs["anomaly_map"] - ours["anomaly_map"])
+def test_exports_keep_the_accuracy(exports: dict[str, Export], test_set: dict[str, np.ndarray]) -> None:
+    reference = predict(exports["PyTorch"], test_set["images"])
+    reference_metrics = metrics(reference, test_set)
+    print(f"\nPixel AP and image AUROC of PyTorch by category:\n{reference_metrics.round(4)}\n")
+    losses = {}
+    for name, export in list(exports.items())[1:]:
+        predictions = predict(export, test_set["images"])
+        gain = metrics(predictions, test_set) - reference_metrics
+        losses[name] = -gain.mean(0).min()
+        difference = abs(predictions["anomaly_map"] - reference["anomaly_map"])
         print(
-            f"{name:28} {contender.megabytes:6.1f} MB  maps differ by {difference.max():.5f}, on average "
-            f"{difference.mean():.5f}; {(theirs['pred_label'] != ours['pred_label']).sum()} labels differ; "
-            f"AP {gained.mean(0)[0]:+.4f} (worst category {gained[:, 0].min():+.4f}), "
-            f"AUROC {gained.mean(0)[1]:+.4f} ({gained[:, 1].min():+.4f})"
+            f"{name:28} {export.megabytes:6.1f} MB  maps differ by {difference.max():.5f}, on average "
+            f"{difference.mean():.5f}; {(predictions['pred_label'] != reference['pred_label']).sum()} labels differ; "
+            f"AP {gain.mean(0)[0]:+.4f} (worst category {gain[:, 0].min():+.4f}), "
+            f"AUROC {gain.mean(0)[1]:+.4f} ({gain[:, 1].min():+.4f})"
         )
-    assert not {name: loss for name, loss in lost.items() if loss >= ALLOWED_LOSS}
+    assert not {name: loss for name, loss in losses.items() if loss >= ALLOWED_LOSS}
 
 
 @pytest.mark.parametrize("batch_size", TURNS)
-def test_speed(contenders: dict[str, Contender], tested: dict[str, np.ndarray], batch_size: int) -> None:
-    images = tested["images"][:: len(tested["images"]) // batch_size][:batch_size]
-    runs = {name: (lambda infer=contender.infer: infer(images)) for name, contender in contenders.items()}
-    for run in runs.values():
-        run()
-    turns = np.array([[seconds(run) for run in runs.values()] for _ in range(TURNS[batch_size])])
+def test_speed(exports: dict[str, Export], test_set: dict[str, np.ndarray], batch_size: int) -> None:
+    images = test_set["images"][:: len(test_set["images"]) // batch_size][:batch_size]
+    calls = {name: (lambda infer=export.infer: infer(images)) for name, export in exports.items()}
+    for call in calls.values():
+        call()
+    turns = np.array([[seconds(call) for call in calls.values()] for _ in range(TURNS[batch_size])])
     load = os.getloadavg()[0]
     print(f"\nTimes as fast as PyTorch at batch {batch_size}; {torch.get_num_threads()} threads, load {load:.1f}")
-    for name, column in zip(runs, turns.T, strict=True):
+    for name, column in zip(calls, turns.T, strict=True):
         low, high = np.quantile(turns[:, 0] / column, (0.25, 0.75))
         ratio = np.median(turns[:, 0]) / np.median(column)
         print(

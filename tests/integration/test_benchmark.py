@@ -17,19 +17,19 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from decodiff_anomalib import DeCoDiffPostProcessor, MultiCategory
 from decodiff_anomalib.__main__ import main
-from decodiff_anomalib.evaluation import FIGURES
+from decodiff_anomalib.evaluation import METRICS
 
 PADIM = {"pre_trained": False, "layers": ["layer1"], "n_features": 8}
 DATA = {"num_workers": 0, "train_batch_size": 8, "val_split_ratio": 0.3}
 
 
-def write_category(folder: Path, seed: int, level: float) -> None:
+def write_category(folder: Path, seed: int, brightness: float) -> None:
     """Noise with a faintly brighter square as its defect."""
     rng = np.random.default_rng(seed)
     for kind, count in {"train/good": 12, "test/good": 4, "test/dent": 5}.items():
         (folder / kind).mkdir(parents=True)
         for index in range(count):
-            image, mask = rng.normal(level, 12, (64, 64)), np.zeros((64, 64), np.uint8)
+            image, mask = rng.normal(brightness, 12, (64, 64)), np.zeros((64, 64), np.uint8)
             if kind == "test/dent":
                 image[20:36, 24:40] += 14
                 mask[20:36, 24:40] = 255
@@ -43,14 +43,14 @@ def write_category(folder: Path, seed: int, level: float) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "parts"
     for seed, category in enumerate(("bolt", "felt")):
-        write_category(root / category, seed, level=60 + 90 * seed)
+        write_category(root / category, seed, brightness=60 + 90 * seed)
     return root
 
 
 def write_config(folder: Path, root: Path, padim: dict) -> list[str]:
     """The command line of a benchmark of DeCoDiff and Padim."""
     models = [
-        {"name": "Ours", "class_path": "DeCoDiff", "init_args": {"train_steps": 4}},
+        {"name": "DeCoDiff", "class_path": "DeCoDiff", "init_args": {"train_steps": 4}},
         {"name": "Padim, small", "class_path": "Padim", "init_args": padim, "trainer": {"max_epochs": 1}},
     ]
     data = {"class_path": "MultiCategory", "init_args": DATA | {"root": str(root)}}
@@ -82,7 +82,7 @@ def read_table(folder: Path) -> pd.DataFrame:
 def test_one_that_fails_is_reported_and_the_others_have_their_rows(folder: Path) -> None:
     table = read_table(folder)
     assert list(table.index) == [
-        (model, "multi", category) for model in ("Ours", "Padim, small") for category in ("bolt", "felt", "mean")
+        (model, "multi", category) for model in ("DeCoDiff", "Padim, small") for category in ("bolt", "felt", "mean")
     ]
     assert (
         table.loc["Padim, small"]
@@ -91,13 +91,13 @@ def test_one_that_fails_is_reported_and_the_others_have_their_rows(folder: Path)
     )
     assert table.loc["Padim, small"].seeds.eq(0).all()
 
-    ours = table.loc[("Ours", "multi", "mean")]
+    decodiff = table.loc[("DeCoDiff", "multi", "mean")]
     costs = ["train_seconds", "ms_batch_1", "ms_batch_8", "memory_mb", "parameters", "state_mb", "normal_change"]
-    assert ours[[*FIGURES, *costs]].notna().all()
-    assert 300 < ours.memory_mb < 5000
-    assert 7e6 < ours.parameters < 7.1e6
-    assert ours.state_mb > 4e-6 * ours.parameters
-    assert 0 < ours.normal_change < 20
+    assert decodiff[[*METRICS, *costs]].notna().all()
+    assert 300 < decodiff.memory_mb < 5000
+    assert 7e6 < decodiff.parameters < 7.1e6
+    assert decodiff.state_mb > 4e-6 * decodiff.parameters
+    assert 0 < decodiff.normal_change < 20
     run = folder / "output" / "runs" / "Padim,-small" / "multi" / "seed3"
     assert "Traceback" in (run / "log.txt").read_text()
     assert json.loads((run / "run.json").read_text())["error"].startswith("ValueError: For backbone resnet18")
@@ -106,7 +106,7 @@ def test_one_that_fails_is_reported_and_the_others_have_their_rows(folder: Path)
 def test_runs_that_ended_stay_and_others_are_run_again(
     folder: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = folder / "output" / "runs" / "Ours" / "multi" / "seed3" / "run.json"
+    record = folder / "output" / "runs" / "DeCoDiff" / "multi" / "seed3" / "run.json"
     written = record.stat().st_mtime_ns
     main([*write_config(folder, root, PADIM), "--modes", "[multi,single]", "--models", "['Padim, small']"])
     printed = capsys.readouterr().out
@@ -115,19 +115,19 @@ def test_runs_that_ended_stay_and_others_are_run_again(
     table = read_table(folder)
     assert table.error.isna().all()
     assert len(table) == 9
-    assert table.loc["Ours"].seeds.eq(1).all()
+    assert table.loc["DeCoDiff"].seeds.eq(1).all()
 
     main(write_config(folder, root, PADIM))
     printed = capsys.readouterr().out
-    assert "[1/2] Ours · multi · seed 3: done before\n[2/2] Padim, small · multi · seed 3: done before" in printed
+    assert "[1/2] DeCoDiff · multi · seed 3: done before\n[2/2] Padim, small · multi · seed 3: done before" in printed
     assert record.stat().st_mtime_ns == written
     pd.testing.assert_frame_equal(read_table(folder), table)  # the other mode's rows are still there
     records = pd.DataFrame(json.loads((folder / "output" / "table.json").read_text()))
     assert records.pixel_ap.tolist() == pytest.approx(table.pixel_ap.tolist(), rel=1e-12)
-    assert f"| Ours | multi | 1 | {table.image_auroc.iloc[2]:.3f} |" in (folder / "output" / "table.md").read_text()
+    assert f"| DeCoDiff | multi | 1 | {table.image_auroc.iloc[2]:.3f} |" in (folder / "output" / "table.md").read_text()
 
 
-def test_figures_are_those_of_anomalibs_engine(folder: Path, root: Path, tmp_path: Path) -> None:
+def test_metrics_equal_those_of_anomalibs_engine(folder: Path, root: Path, tmp_path: Path) -> None:
     seed_everything(3, workers=True)
     data = MultiCategory(root, **DATA, seed=3)
     padim = Padim(
@@ -143,8 +143,8 @@ def test_figures_are_those_of_anomalibs_engine(folder: Path, root: Path, tmp_pat
     engine.fit(padim, datamodule=data)
     (expected,) = engine.test(padim, datamodule=data)
     measured = read_table(folder).loc[("Padim, small", "multi", "mean")]
-    assert {f"mean/{name}": measured[name] for name in FIGURES} == pytest.approx(
-        {name: value for name, value in expected.items() if name.removeprefix("mean/") in FIGURES}, abs=1e-6
+    assert {f"mean/{name}": measured[name] for name in METRICS} == pytest.approx(
+        {name: value for name, value in expected.items() if name.removeprefix("mean/") in METRICS}, abs=1e-6
     )
     assert 0.05 < measured.pixel_ap < 0.9  # neither lost nor perfect, so that agreement means something
     assert measured.parameters == sum(parameter.numel() for parameter in padim.model.parameters())
@@ -162,7 +162,7 @@ def test_pictures(folder: Path) -> None:
     assert sizes["per_category"] == (1050, 1350)
     assert sizes["pixel_ap_vs_ms"] == (1050, 720)
 
-    kept = np.load(folder / "output" / "runs" / "Ours" / "multi" / "seed3" / "maps.npz")
+    kept = np.load(folder / "output" / "runs" / "DeCoDiff" / "multi" / "seed3" / "maps.npz")
     assert kept["maps"].shape == (8, 64, 64)
     assert kept["corrections"].shape == (8, 64, 64, 3)
     assert sorted(map(bool, kept["mask_path"])) == [False] * 2 + [True] * 6

@@ -37,7 +37,7 @@ assert "de_co_diff" not in list_models()
 
 def run(*command: str | Path, directory: Path) -> str:
     """Run a command away from the checkout, whose package would be found in the working directory."""
-    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=600)
+    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -4,8 +4,7 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from PIL import Image
 
 from decodiff_anomalib import DeCoDiff, MultiCategory
 from decodiff_anomalib.__main__ import main
+from decodiff_anomalib.benchmark.reproduce import reproduce
 from decodiff_anomalib.denoiser import DenoiserSize, build_denoiser
 from decodiff_anomalib.paper import (
     CATEGORY_ORDER,
@@ -30,7 +30,6 @@ from decodiff_anomalib.paper import (
     prepare_image,
 )
 from decodiff_anomalib.presets import PRESETS
-from decodiff_anomalib.reproduce import reproduce
 from decodiff_anomalib.weights import DenoiserConfig, load_pretrained, save_pretrained, to_official_state
 
 REPOSITORY = Path(__file__).parents[2]
@@ -72,7 +71,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(root: Path, small_codec: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(
+    root: Path, small_codec: Path, weights: Path, anomalib: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Two epochs of the published training of MVTec AD, made small, and its test; the weights after each epoch kept."""
     results = tmp_path_factory.mktemp("results")
     given = {
@@ -80,7 +81,7 @@ def run(root: Path, small_codec: Path, weights: Path, tmp_path_factory: pytest.T
         "model.denoiser": "XS",
         "model.codec": small_codec,
         "model.init_from": weights,
-        "model.settings": "{warmup_steps: 1}",
+        "model.settings.training.warmup_steps": 1,
         "data.root": root,
         "data.train_batch_size": 2,
         "data.num_workers": 0,
@@ -96,10 +97,7 @@ def run(root: Path, small_codec: Path, weights: Path, tmp_path_factory: pytest.T
         "trainer.callbacks.filename": "{epoch}",
         "default_root_dir": results,
     }
-    program = [sys.executable, "-c", "from anomalib.cli.cli import main; main()", "train"]
-    arguments = [f"--{name}={value}" for name, value in given.items()]
-    done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    anomalib(REPOSITORY, "train", *(f"--{name}={value}" for name, value in given.items()))
     return results
 
 
@@ -201,5 +199,9 @@ def test_configurations_hold_the_published_numbers(dataset: str, parity_dir: Pat
     micro_batches = math.ceil(images * (1 - data["val_split_ratio"]) / 128)
     assert micro_batches == math.ceil(counts["train_normal"] / 128)
     assert micro_batches % 2 == 0
-    warmup_steps = model.get("settings", {}).get("warmup_steps", PRESETS[model["preset"]].warmup_steps)
+    warmup_steps = (
+        model.get("settings", {})
+        .get("training", {})
+        .get("warmup_steps", PRESETS[model["preset"]].training.warmup_steps)
+    )
     assert warmup_steps == WARMUP_EPOCHS * micro_batches / 2

@@ -65,7 +65,6 @@ def run(*arguments: str, directory: Path = Path(sys.prefix), **environment: str)
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
     )
 
 

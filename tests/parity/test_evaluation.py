@@ -1,4 +1,4 @@
-"""The published protocol against numbers recorded from the authors' program, at the tolerances stated beside them.
+"""The paper's protocol against numbers recorded from the authors' program, at the tolerances stated beside them.
 
 ``python tests/parity/test_evaluation.py`` prints the table: fixture, largest difference, tolerance.
 """
@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from decodiff_anomalib import evaluation
 from decodiff_anomalib.evaluation import (
-    FIGURES,
-    anomalib_figures,
+    METRICS,
     anomalib_mask,
+    anomalib_metrics,
+    aupro,
     compare_protocols,
-    paper_figures,
     paper_mask,
+    paper_metrics,
 )
 from decodiff_anomalib.paper import (
     CATEGORY_ORDER,
@@ -37,13 +37,13 @@ from decodiff_anomalib.paper import (
 
 Comparison = tuple[str, float, float]
 
-FIGURE_TOLERANCES = {"auroc": 1e-6, "f1max": 1e-6, "ap": 1e-9, "aupro": 1e-9}
+METRIC_TOLERANCES = {"auroc": 1e-6, "f1max": 1e-6, "ap": 1e-9, "aupro": 1e-9}
 SMALL = {"resize": (72, 72), "crop": (64, 64)}  # the sizes of preprocess.npz
 
 
-def difference(ours: torch.Tensor, theirs: np.ndarray) -> float:
+def difference(found: torch.Tensor, recorded: np.ndarray) -> float:
     """Largest absolute difference."""
-    return float((ours.double() - torch.as_tensor(theirs).double()).abs().max())
+    return float((found.double() - torch.as_tensor(recorded).double()).abs().max())
 
 
 def recorded_case(parity_dir: Path, case: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,27 +54,27 @@ def recorded_case(parity_dir: Path, case: str) -> tuple[torch.Tensor, torch.Tens
 
 def compare_metrics(parity_dir: Path) -> Iterator[Comparison]:
     for case, recorded in json.loads((parity_dir / "metrics.json").read_text()).items():
-        figures = paper_figures(*recorded_case(parity_dir, case))
-        for name in FIGURES:
-            level, kind = name.split("_")
-            found = abs(figures[name] - recorded["reference"][name])
-            yield f"metrics.json {case} {name}", found, FIGURE_TOLERANCES[kind]
+        metrics = paper_metrics(*recorded_case(parity_dir, case))
+        for name in METRICS:
+            scope, kind = name.split("_")
+            found = abs(metrics[name] - recorded["reference"][name])
+            yield f"metrics.json {case} {name}", found, METRIC_TOLERANCES[kind]
             if kind != "aupro":
-                exact = recorded["float64_check"][level][kind]
+                exact = recorded["float64_check"][scope][kind]
                 tolerance = 1e-6 if kind == "f1max" else 1e-9  # the published F1 has 1e-10 in its denominator
-                yield f"metrics.json {case} {name} float64", abs(figures[name] - exact), tolerance
-        with patch.object(evaluation, "AUPRO_THRESHOLDS", 50):
-            aupro = paper_figures(*recorded_case(parity_dir, case))["pixel_aupro"]
-        yield f"metrics.json {case} aupro_num_th_50", abs(aupro - recorded["aupro_num_th_50"]), 1e-9
+                yield f"metrics.json {case} {name} float64", abs(metrics[name] - exact), tolerance
+        with patch.object(aupro, "PAPER_THRESHOLDS", 50):
+            found = paper_metrics(*recorded_case(parity_dir, case))["pixel_aupro"]
+        yield f"metrics.json {case} aupro_num_th_50", abs(found - recorded["aupro_num_th_50"]), 1e-9
 
 
 def compare_anomalib_metrics(parity_dir: Path) -> Iterator[Comparison]:
-    """Figures the two protocols define alike are equal for the same masks; Anomalib computes in float32."""
+    """Metrics defined alike in both protocols are equal for the same masks; Anomalib computes in float32."""
     for case, recorded in json.loads((parity_dir / "metrics.json").read_text()).items():
         maps, masks = recorded_case(parity_dir, case)
-        figures = anomalib_figures(maps, masks, masks.flatten(1).any(1))
-        for name in FIGURES[:-1]:
-            yield f"metrics.json {case} {name} by Anomalib", abs(figures[name] - recorded["reference"][name]), 1e-6
+        metrics = anomalib_metrics(maps, masks, masks.flatten(1).any(1))
+        for name in METRICS[:-1]:
+            yield f"metrics.json {case} {name} by Anomalib", abs(metrics[name] - recorded["reference"][name]), 1e-6
 
 
 def compare_preprocessing(parity_dir: Path) -> Iterator[Comparison]:
@@ -91,30 +91,30 @@ def compare_preprocessing(parity_dir: Path) -> Iterator[Comparison]:
             yield f"preprocess.npz {name}", difference(image, recorded[name]), 1e-6
         for index, stored in enumerate((0 * mask, 255 * mask, mask)):
             name = f"{dataset}_test_mask_{index}"
-            ours = paper_mask(Image.fromarray(stored), **SMALL)
-            yield f"preprocess.npz {name}", difference(ours, recorded[name]), 0
+            cropped = paper_mask(Image.fromarray(stored), **SMALL)
+            yield f"preprocess.npz {name}", difference(cropped, recorded[name]), 0
 
-        # Augmentation gives these variants and no other: each recorded one is one of ours, and none is met twice.
+        # The augmentation has these variants and no others: each recorded one equals one, and all of them occur.
         variants = [
             prepare_image(pictures[0], **SMALL, shifted=shifted, turned=turned)
             for shifted in (False, True)
             for turned in turns
         ]
-        met = set()
+        matched = set()
         for index in range(int(recorded[f"{dataset}_train_variants"])):
             name = f"{dataset}_train_variant_{index}"
             found = [difference(variant, recorded[name]) for variant in variants]
-            met.add(int(np.argmin(found)))
+            matched.add(int(np.argmin(found)))
             yield f"preprocess.npz {name}", min(found), 1e-6
-        yield f"preprocess.npz {dataset}_train_variants", abs(len(met) - len(variants)), 0
+        yield f"preprocess.npz {dataset}_train_variants", abs(len(matched) - len(variants)), 0
 
 
 def compare_learning_rate(parity_dir: Path) -> Iterator[Comparison]:
     for run in json.loads((parity_dir / "lr_schedule.json").read_text()):
         epochs, warmup_epochs = run["epochs"], run["warmup_epochs"]
-        ours = [run["lr"] * paper_learning_rate_factor(epoch, epochs, warmup_epochs) for epoch in range(epochs)]
+        rates = [run["lr"] * paper_learning_rate_factor(epoch, epochs, warmup_epochs) for epoch in range(epochs)]
         name = f"lr_schedule.json {epochs} epochs, {warmup_epochs} warm-up"
-        yield name, float(np.abs(np.array(ours) - run["lr_used_in_epoch"]).max()), 1e-15
+        yield name, float(np.abs(np.array(rates) - run["lr_used_in_epoch"]).max()), 1e-15
 
 
 COMPARISONS = (compare_metrics, compare_anomalib_metrics, compare_preprocessing, compare_learning_rate)
@@ -174,18 +174,18 @@ def test_defect_outside_the_crop_is_normal_only_in_the_paper(tmp_path: Path) -> 
     assert table.loc[("part", "anomalib"), "image_auroc"] < 1
 
 
-def test_figures_equal_scikit_learn_where_scores_tie() -> None:
+def test_metrics_equal_scikit_learn_where_scores_tie() -> None:
     generator = torch.Generator().manual_seed(1)
     maps = torch.randint(8, (6, 32, 32), generator=generator) / 8
     masks = torch.rand(6, 32, 32, generator=generator) < maps / 4
-    figures = paper_figures(maps, masks)
+    metrics = paper_metrics(maps, masks)
     arguments = masks.numpy().ravel(), maps.numpy().ravel()
-    assert figures["pixel_auroc"] == pytest.approx(roc_auc_score(*arguments), abs=1e-12)
-    assert figures["pixel_ap"] == pytest.approx(average_precision_score(*arguments), abs=1e-12)
+    assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(*arguments), abs=1e-12)
+    assert metrics["pixel_ap"] == pytest.approx(average_precision_score(*arguments), abs=1e-12)
 
 
 def test_aupro_equals_its_definition() -> None:
-    """Threshold by threshold and region by region, as the formula says."""
+    """Computed threshold by threshold and region by region."""
     generator = torch.Generator().manual_seed(2)
     maps = torch.rand(3, 24, 24, generator=generator, dtype=torch.float64)
     masks = torch.zeros(3, 24, 24, dtype=torch.bool)
@@ -200,16 +200,16 @@ def test_aupro_equals_its_definition() -> None:
         if rate < 0.3:
             points.append((rate, np.mean([float(found[region].double().mean()) for region in regions])))
     rates, overlaps = np.array(points[::-1]).T
-    assert paper_figures(maps, masks)["pixel_aupro"] == pytest.approx(np.trapezoid(overlaps, rates / rates.max()))
+    assert paper_metrics(maps, masks)["pixel_aupro"] == pytest.approx(np.trapezoid(overlaps, rates / rates.max()))
 
 
-def test_figures_of_one_kind_of_image_are_not_a_number() -> None:
-    figures = paper_figures(torch.rand(2, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool))
-    assert np.isnan([figures[name] for name in FIGURES]).all()
+def test_metrics_of_normal_images_alone_are_nan() -> None:
+    metrics = paper_metrics(torch.rand(2, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool))
+    assert np.isnan([metrics[name] for name in METRICS]).all()
 
 
 def test_real_masks_side_by_side(data_dir: Path) -> None:
-    """Both protocols on real masks, with maps that follow them: high in both, and rows for category and mean."""
+    """With maps that follow real masks, all metrics of both protocols are high; rows for each category and the mean."""
     paths: list[Path | None] = []
     categories = []
     for category in ("pcb", "magnetic_tile"):
@@ -221,7 +221,7 @@ def test_real_masks_side_by_side(data_dir: Path) -> None:
         if path is not None:
             maps[index] += anomalib_mask(Image.open(path), (256, 256), (256, 256)) / 2
     table = compare_protocols(maps, paths, categories)
-    assert list(table.columns) == list(FIGURES)
+    assert list(table.columns) == list(METRICS)
     assert list(table.index) == [
         (name, kind) for name in (*dict.fromkeys(categories), "mean") for kind in ("paper", "anomalib")
     ]
@@ -241,5 +241,5 @@ def test_refuses_a_crop_larger_than_the_picture() -> None:
 
 if __name__ == "__main__":
     for compare in COMPARISONS:
-        for name, found, tolerance in compare(Path(__file__).parents[3] / "shared" / "parity"):
+        for name, found, tolerance in compare(Path(__file__).parent / "data"):
             print(f"{name:60s} {found:9.2e}  {tolerance:9.2e}  {'ok' if found <= tolerance else 'FAIL'}")

@@ -34,6 +34,7 @@ from decodiff_anomalib.discrepancy import (
 from decodiff_anomalib.schedule import DeviationSchedule
 
 Comparison = tuple[str, float, float]
+FOLDERS = (Path(__file__).parent / "data", Path(__file__).parents[3] / "shared" / "parity")
 
 
 def difference(ours: torch.Tensor, theirs: np.ndarray) -> float:
@@ -172,18 +173,28 @@ def compare_sampling(parity_dir: Path) -> Iterator[Comparison]:
             yield f"sampling.npz {tag}_unet_t", difference(asked, recorded[f"{tag}_unet_t"]), 0
 
 
-def compare_discrepancy(parity_dir: Path) -> Iterator[Comparison]:
+MAP_INPUTS = ("decoded_input", "decoded_output", "latent_input", "latent_output")
+
+
+def compare_maps(parity_dir: Path, size: int) -> Iterator[Comparison]:
     recorded = load(parity_dir, "anomaly_map.npz")
-    for size in (64, 256):
-        names = ("decoded_input", "decoded_output", "latent_input", "latent_output")
-        decoded_in, decoded_out, latent_in, latent_out = (recorded[f"s{size}_{name}"] for name in names)
-        pixel = pixel_discrepancy(decoded_out, decoded_in)
-        latent = latent_discrepancy(latent_out, latent_in, (size, size))
-        maps = {"pixel": pixel, "latent": latent}
-        maps |= {mode: fuse(pixel, latent, mode=mode) for mode in ("geometric", "arithmetic")}
-        for name, ours in maps.items():
-            yield f"anomaly_map.npz s{size}_{name}", difference(ours[:, 0], recorded[f"s{size}_{name}"]), 1e-6
-    decoded_in, decoded_out, latent_in, latent_out = (recorded[f"s64_{name}"] for name in names)
+    decoded_in, decoded_out, latent_in, latent_out = (recorded[f"s{size}_{name}"] for name in MAP_INPUTS)
+    pixel = pixel_discrepancy(decoded_out, decoded_in)
+    latent = latent_discrepancy(latent_out, latent_in, (size, size))
+    maps = {"pixel": pixel, "latent": latent}
+    maps |= {mode: fuse(pixel, latent, mode=mode) for mode in ("geometric", "arithmetic")}
+    for name, found in maps.items():
+        yield f"anomaly_map.npz s{size}_{name}", difference(found[:, 0], recorded[f"s{size}_{name}"]), 1e-6
+
+
+def compare_large_maps(parity_dir: Path) -> Iterator[Comparison]:
+    yield from compare_maps(parity_dir, 256)
+
+
+def compare_discrepancy(parity_dir: Path) -> Iterator[Comparison]:
+    yield from compare_maps(parity_dir, 64)
+    recorded = load(parity_dir, "anomaly_map.npz")
+    decoded_in, decoded_out, latent_in, latent_out = (recorded[f"s64_{name}"] for name in MAP_INPUTS)
     pixel_raw = (decoded_out - decoded_in).abs().amax(1)
     latent_raw = (latent_out - latent_in).abs().mean(1)
     stages = {
@@ -211,18 +222,18 @@ def compare_discrepancy(parity_dir: Path) -> Iterator[Comparison]:
         yield f"anomaly_map.npz resize_{side}", difference(ours, recorded[f"resize_{side}"]), 1e-6
 
 
-COMPARISONS = (
-    compare_schedule,
-    compare_forward,
-    compare_corruption,
-    compare_sampling,
-    compare_discrepancy,
-)
+COMPARISONS = (compare_schedule, compare_forward, compare_corruption, compare_discrepancy)
+LARGE_COMPARISONS = (compare_sampling, compare_large_maps)
 
 
 @pytest.mark.parametrize("compare", COMPARISONS, ids=lambda compare: compare.__name__.removeprefix("compare_"))
 def test_equals_the_reference(compare, parity_dir: Path, assert_within_tolerance) -> None:
     assert_within_tolerance(compare(parity_dir))
+
+
+@pytest.mark.parametrize("compare", LARGE_COMPARISONS, ids=lambda compare: compare.__name__.removeprefix("compare_"))
+def test_equals_the_large_reference(compare, large_parity_dir: Path, assert_within_tolerance) -> None:
+    assert_within_tolerance(compare(large_parity_dir))
 
 
 @pytest.mark.parametrize("size", ["XS", "S", "M", "L", "XL"])
@@ -261,6 +272,7 @@ def test_training_distribution(parity_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    for compare in COMPARISONS:
-        for name, found, tolerance in compare(Path(__file__).parents[3] / "shared" / "parity"):
-            print(f"{name:60s} {found:9.2e}  {tolerance:9.2e}  {'ok' if found <= tolerance else 'FAIL'}")
+    for folder, comparisons in zip(FOLDERS, (COMPARISONS, LARGE_COMPARISONS), strict=True):
+        for compare in comparisons if folder.is_dir() else ():
+            for name, found, tolerance in compare(folder):
+                print(f"{name:60s} {found:9.2e}  {tolerance:9.2e}  {'ok' if found <= tolerance else 'FAIL'}")

@@ -17,7 +17,7 @@ def test_names_come_from_any_datamodule() -> None:
 
 
 @pytest.mark.parametrize("name", ["unknown", "inferred", "given"])
-def test_names_that_mean_something_else_are_refused(name: str) -> None:
+def test_reserved_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"A category cannot be called '{name}'"):
         category_names(SimpleNamespace(categories=["pcb", name]))
 
@@ -57,9 +57,9 @@ def router() -> CategoryRouter:
 def test_images_are_routed_to_their_category(router: CategoryRouter) -> None:
     generator = torch.Generator().manual_seed(2)
     for index in range(3):
-        category, strangeness = router(features_of(index, 200, generator))
+        category, ood_score = router(features_of(index, 200, generator))
         assert (category == index).float().mean() >= 0.99
-        assert (strangeness > 1).float().mean() <= 0.01
+        assert (ood_score > 1).float().mean() <= 0.01
 
 
 def test_a_defect_on_a_quarter_of_the_image_does_not_change_its_category(router: CategoryRouter) -> None:
@@ -69,13 +69,13 @@ def test_a_defect_on_a_quarter_of_the_image_does_not_change_its_category(router:
 
 
 def test_images_of_no_category_are_unknown(router: CategoryRouter) -> None:
-    category, strangeness = router(features_of(4, 100, torch.Generator().manual_seed(4)))
+    category, ood_score = router(features_of(4, 100, torch.Generator().manual_seed(4)))
     assert (category == 4).all()
-    assert (strangeness > 1).all()
+    assert (ood_score > 1).all()
 
 
-def test_an_image_in_the_middle_of_a_category_is_not_strange(router: CategoryRouter) -> None:
-    """Categories whose images are all alike leave room for small changes: patches of one image differ, too."""
+def test_small_changes_are_not_unknown_where_all_images_are_alike(router: CategoryRouter) -> None:
+    """The covariance includes the variation between the patches of one image."""
     generator = torch.Generator().manual_seed(5)
     alike = CategoryRouter(1, CHANNELS)
     zeros = torch.zeros(20, dtype=torch.long)
@@ -90,6 +90,6 @@ def test_before_calibration_nothing_is_unknown() -> None:
     generator = torch.Generator().manual_seed(0)
     cells = router.pool(torch.cat([features_of(index, 10, generator) for index in range(2)]))
     router.fit(cells, torch.arange(2).repeat_interleave(10))
-    category, strangeness = router(features_of(4, 10, generator))
+    category, ood_score = router(features_of(4, 10, generator))
     assert set(category.tolist()) <= {0, 1}
-    assert (strangeness == 0).all()
+    assert (ood_score == 0).all()

@@ -1,12 +1,9 @@
 """Maps by closed forms; recorded maps are in ``tests/parity``."""
 
-import math
-
 import pytest
 import torch
 
 from decodiff_anomalib.discrepancy import (
-    NormalRange,
     fuse,
     gaussian_blur,
     latent_discrepancy,
@@ -45,28 +42,3 @@ def test_fusion() -> None:
     torch.testing.assert_close(fuse(*maps, weights=(3, 1, 4), mode="arithmetic"), torch.full((1, 1, 2, 2), 21 / 8))
     with pytest.raises(ValueError, match="valid: 'geometric', 'arithmetic'"):
         fuse(*maps, mode="maximum")
-
-
-def test_excess_over_what_is_normal() -> None:
-    """Of values whose logarithms are even, the median is 1 and the 99th percentile exp(0.98)."""
-    normal = torch.linspace(-1, 1, 10_001).exp()
-    normal_range = NormalRange(("pixel", "latent"), num_categories=2)
-    normal_range.fit(1, "latent", normal.view(1, 1, 1, -1).repeat_interleave(4, -1).repeat(1, 1, 4, 1))
-    values = torch.tensor([0.1, 1, math.exp(0.49), math.exp(0.98), math.exp(2.94)]).view(1, 1, 1, -1)
-    excess = normal_range(values.expand(2, -1, -1, -1), "latent", torch.tensor([1, 0]))
-    torch.testing.assert_close(excess[0, 0, 0], torch.tensor([1, 1, 1.25, 2, 10]), atol=2e-3, rtol=0)
-    assert (excess[1, 0, 0].diff() > 0).all()  # of a category that no normal images were seen of: ranks alone
-    normal_range.fit(0, "pixel", torch.zeros(1, 1, 8, 8))  # nothing ever differs
-    assert normal_range(values, "pixel", torch.tensor([0])).isfinite().all()
-
-
-def test_the_border_has_a_range_of_its_own() -> None:
-    """Normal values are three times as high in the outermost 8 pixels; their logarithms have a deviation of 0.1."""
-    normal = (0.1 * torch.randn(32, 1, 96, 80, generator=torch.Generator().manual_seed(0))).exp()
-    normal[:, :, 8:-8, 8:-8] /= 3
-    normal_range = NormalRange(("latent",), num_categories=1)
-    normal_range.fit(0, "latent", normal)
-    excess = normal_range(torch.ones(1, 1, 96, 80), "latent", torch.tensor([0]))[0, 0]
-    torch.testing.assert_close(excess[:, :4], torch.ones(96, 4), atol=5e-3, rtol=0)
-    assert excess[32:64, 32:48].numpy() == pytest.approx(1 + (math.log(3) / 0.2326) ** 2, rel=0.1)
-    assert excess[48].diff().abs().max() < excess.max() / 3, "no step between the rings"

@@ -1,4 +1,4 @@
-"""What is taken from normal images, where the truth is known: the image is a shifted exemplar with something on it."""
+"""Exemplars where the truth is known: the image is a shifted exemplar with a defect."""
 
 import pytest
 import torch
@@ -60,13 +60,13 @@ def test_several_defects_and_images_at_once(scenes, exemplars) -> None:
     assert torch.equal(found[1], truths[1])  # in which nothing deviates
 
 
-def test_what_takes_the_place_of_a_defect_is_a_picture(exemplars) -> None:
+def test_the_replacement_stays_in_the_range_of_images(exemplars) -> None:
     """However unlike the exemplars an image is, nothing is brighter than white."""
     white = torch.ones(1, 3, *SIZE)
     assert exemplars(white, on((slice(5, 7), slice(7, 11))), torch.tensor([0])).max() == 1
 
 
-def test_other_categories_lend_nothing(scenes, exemplars) -> None:
+def test_other_categories_are_not_searched(scenes, exemplars) -> None:
     truth = seen_from(scenes[0], 0, 0)
     found = exemplars(truth, on((slice(5, 7), slice(7, 11))), torch.tensor([1]))
     assert (found - truth)[..., 44:52, 60:84].abs().mean() > 0.1

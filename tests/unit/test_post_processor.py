@@ -7,7 +7,7 @@ import torch
 from anomalib.data import ImageBatch, InferenceBatch
 
 from decodiff_anomalib.calibration import prediction_limit
-from decodiff_anomalib.data.multi_category import CategoryBatch
+from decodiff_anomalib.data.dataset import CategoryBatch
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 
 TRAINER = SimpleNamespace(sanity_checking=False, is_global_zero=True)
@@ -67,7 +67,7 @@ def test_scores_below_zero_keep_their_ranking() -> None:
     assert out.pred_score[40] == 0
 
 
-def test_without_calibration_scores_stay_raw_and_nothing_is_labelled() -> None:
+def test_without_thresholds_scores_stay_raw_and_nothing_is_labelled() -> None:
     raw = torch.tensor([0.1, 5.0])
     out = DeCoDiffPostProcessor()(InferenceBatch(pred_score=raw, anomaly_map=raw.view(-1, 1, 1, 1)))
     assert torch.equal(out.pred_score, raw)
@@ -134,7 +134,7 @@ def test_an_exported_graph_and_a_batch_get_the_same(two_categories) -> None:
     batch = batch_of("felt", scores)
     given = batch.anomaly_map.clone()
     graph = SimpleNamespace(
-        pred_score=scores, anomaly_map=given, category=torch.ones(5, dtype=torch.long), strangeness=torch.zeros(5)
+        pred_score=scores, anomaly_map=given, category_index=torch.ones(5, dtype=torch.long), ood_score=torch.zeros(5)
     )
     out = two_categories(graph)
     two_categories.post_process_batch(batch)
@@ -150,20 +150,20 @@ def test_unknown_and_unnamed_images_are_judged_by_the_threshold_over_all(two_cat
         torch.testing.assert_close(batch.pred_score, raw / (raw + two_categories.image_thresholds[2]))
 
 
-def test_a_strange_image_is_anomalous_and_no_other_score_moves(two_categories) -> None:
+def test_an_out_of_distribution_image_is_anomalous_and_other_scores_do_not_change(two_categories) -> None:
     scores, category = torch.full((3,), 1e-3), torch.tensor([0, 0, 2])
     maps = scores.view(3, 1, 1, 1)
-    calm = two_categories(SimpleNamespace(pred_score=scores, anomaly_map=maps, category=category))
-    strangeness = torch.tensor([0.0, 0.9, 3.0])
+    calm = two_categories(SimpleNamespace(pred_score=scores, anomaly_map=maps, category_index=category))
+    ood_score = torch.tensor([0.0, 0.9, 3.0])
     out = two_categories(
-        SimpleNamespace(pred_score=scores, anomaly_map=maps, category=category, strangeness=strangeness)
+        SimpleNamespace(pred_score=scores, anomaly_map=maps, category_index=category, ood_score=ood_score)
     )
     assert out.pred_label.tolist() == [False, False, True]
     assert torch.equal(out.pred_score[:2], calm.pred_score[:2])
     assert out.pred_score[2] == pytest.approx(0.75)
 
 
-def test_the_configuration_of_a_checkpoint_makes_room_for_its_thresholds(two_categories) -> None:
+def test_the_configuration_of_a_checkpoint_allocates_its_thresholds(two_categories) -> None:
     restored = DeCoDiffPostProcessor()
     restored.load_checkpoint_config(two_categories.checkpoint_config())
     restored.load_state_dict(two_categories.state_dict())

@@ -1,4 +1,4 @@
-"""The way of the data, with a denoiser whose answer is known."""
+"""From image to map, with a denoiser whose prediction is known."""
 
 from dataclasses import replace
 
@@ -9,12 +9,25 @@ from torch.nn import functional as F  # noqa: N812
 
 from decodiff_anomalib import DeCoDiff
 from decodiff_anomalib.calibration import prediction_limit
+from decodiff_anomalib.corruption import ReplayBuffer
 from decodiff_anomalib.discrepancy import resize_mirrored
 from decodiff_anomalib.exemplars import REPLACED_RATE, Exemplars
-from decodiff_anomalib.presets import PRESETS
+from decodiff_anomalib.presets import PRESETS, Settings, resolve
 from decodiff_anomalib.torch_model import DeCoDiffModel
 
-PLAIN = replace(PRESETS["balanced"], features=None, levels={"pixel": 1.0, "latent": 1.0}, num_steps=3)
+PLAIN = resolve(
+    "balanced",
+    {
+        "latents": {"backbone": "none"},
+        "maps": {"levels": {"pixel": 1.0, "latent": 1.0}},
+        "correction": {"num_steps": 3},
+    },
+)
+
+
+def change(settings: Settings, group: str, **values: object) -> Settings:
+    """Settings with other values in one group."""
+    return replace(settings, **{group: replace(getattr(settings, group), **values)})
 
 
 class KnowsTheDefect(nn.Module):
@@ -40,19 +53,19 @@ def test_a_known_defect_is_corrected_and_mapped_where_it_is() -> None:
     lone = torch.zeros(2, dtype=torch.long)
     clean, deviated = model.encode(normal, lone), model.encode(defective, lone)
     model.denoiser = KnowsTheDefect(deviated - clean)
-    seen = model(defective)
+    outputs = model(defective)
     scale = model.schedule.scales[model.schedule.timesteps[0]]
     assert scale == pytest.approx(1, abs=2e-5)
     taken_away = model.decode(deviated, lone) - model.decode(clean, lone)
-    torch.testing.assert_close(seen.correction, defective - taken_away, atol=1e-3, rtol=0)
-    assert torch.equal(seen.reconstruction, defective)
-    assert seen.anomaly_map.shape == (2, 1, 64, 96)
-    row, column = divmod(int(seen.anomaly_map[0, 0].argmax()), 96)
+    torch.testing.assert_close(outputs.correction, defective - taken_away, atol=1e-3, rtol=0)
+    assert torch.equal(outputs.reconstruction, defective)
+    assert outputs.anomaly_map.shape == (2, 1, 64, 96)
+    row, column = divmod(int(outputs.anomaly_map[0, 0].argmax()), 96)
     assert 14 <= row < 26
     assert 38 <= column < 50
-    assert torch.equal(seen.pred_score, model.score(seen.anomaly_map))
-    assert (seen.anomaly_map[0, 0, 50:, :20] == 1).all()
-    assert seen.pred_score[0] > 1.5
+    assert torch.equal(outputs.pred_score, model.score(outputs.anomaly_map))
+    assert (outputs.anomaly_map[0, 0, 50:, :20] == 1).all()
+    assert outputs.pred_score[0] > 1.5
 
 
 def test_the_score_is_the_maximum_of_the_map_or_the_mean_of_its_highest_cells() -> None:
@@ -60,37 +73,39 @@ def test_the_score_is_the_maximum_of_the_map_or_the_mean_of_its_highest_cells() 
     maps[..., 8:16, 16:40], maps[..., 50, 3] = 2.0, 5.0  # three cells, one pixel
     model = DeCoDiffModel(PLAIN, (64, 96))
     for share, score in {0: 5, 0.01: 2, 2 / 96: 2, 4 / 96: (6 + 5 / 64) / 4, 1: (6 + 5 / 64) / 96}.items():
-        model.preset = replace(PLAIN, score_share=share)
+        model.settings = change(PLAIN, "scoring", top_share=share)
         assert model.score(maps).item() == pytest.approx(score, rel=1e-6)
-    assert PRESETS["paper"].score_share == 0
-    assert PRESETS["balanced"].score_share == PRESETS["fast"].score_share == 0.01
-    with pytest.raises(ValueError, match="score_share=2 must be from 0"):
-        replace(PLAIN, score_share=2)
+    assert PRESETS["paper"].scoring.top_share == 0
+    assert PRESETS["balanced"].scoring.top_share == PRESETS["fast"].scoring.top_share == 0.01
+    with pytest.raises(ValueError, match=r"scoring\.top_share=2 must be between 0 and 1"):
+        change(PLAIN, "scoring", top_share=2)
 
 
 def test_an_untrained_model_corrects_nothing() -> None:
     model = DeCoDiffModel(PLAIN, (64, 96)).eval()
-    seen = model(images())
-    assert torch.equal(seen.correction, images())  # not even by what the codec loses
-    assert (seen.anomaly_map == 1).all()  # all is ordinary
+    outputs = model(images())
+    assert torch.equal(outputs.correction, images())  # not even by what the codec loses
+    assert (outputs.anomaly_map == 1).all()  # nothing exceeds the normal range
 
 
 @pytest.mark.parametrize("corruption", ["patches", "defects"])
 def test_loss_of_an_untrained_model_is_the_energy_of_the_deviation(corruption: str) -> None:
     """Its prediction is 0, so the loss must be the mean square of what it should have predicted; it also repeats."""
-    model = DeCoDiffModel(replace(PLAIN, corruption=corruption), (64, 96))
+    model = DeCoDiffModel(change(PLAIN, "corruption", kind=corruption), (64, 96))
     category = torch.zeros(2, dtype=torch.long)
-    losses = [model.training_loss(images(), category, torch.Generator().manual_seed(s)).item() for s in (0, 0, 1)]
+    losses = [
+        model.training_loss(images(), category, ReplayBuffer(), torch.Generator().manual_seed(seed)).item()
+        for seed in (0, 0, 1)
+    ]
     assert losses[0] > 0
-    if corruption == "patches":
-        assert losses[0] == losses[1]
+    assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
 
 @pytest.mark.parametrize(("learnt", "expected"), [("used", {2, 6, 9}), ("all", set(range(10)))])
 def test_timesteps_of_training(learnt: str, expected: set[int]) -> None:
     """Trailing thirds of ten timesteps are 9, 6 and 2."""
-    model = DeCoDiffModel(replace(PLAIN, train_timesteps=learnt), (64, 96))
+    model = DeCoDiffModel(change(PLAIN, "corruption", timesteps=learnt), (64, 96))
     drawn = model._draw_timesteps(torch.zeros(500, 1, 1, 1), torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == expected
 
@@ -118,7 +133,7 @@ def test_sizes_that_do_not_fit(size: tuple[int, int]) -> None:
 @pytest.fixture(scope="module")
 def conditioned() -> tuple[DeCoDiffModel, torch.Tensor, torch.Tensor]:
     """A fitted model of three categories, dark noise, bright noise and stripes, with a few further images of each."""
-    model = DeCoDiffModel(replace(PRESETS["balanced"], num_steps=2), (64, 64), num_categories=3).eval()
+    model = DeCoDiffModel(change(PRESETS["balanced"], "correction", num_steps=2), (64, 64), num_categories=3).eval()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(24, 3, 64, 64, generator=generator) / 10
     stripes = torch.linspace(0, 40, 64).sin() / 2 + noise[16:]
@@ -136,9 +151,9 @@ def conditioned() -> tuple[DeCoDiffModel, torch.Tensor, torch.Tensor]:
 def test_an_image_is_treated_as_the_category_that_is_inferred_from_it(conditioned) -> None:
     model, images, category = conditioned
     inferred, given = model(images), model(images, category)
-    assert torch.equal(inferred.category, category)
+    assert torch.equal(inferred.category_index, category)
     assert torch.equal(inferred.anomaly_map, given.anomaly_map)
-    assert (given.strangeness == 0).all()
+    assert (given.ood_score == 0).all()
     wrong = model(images, (category + 1) % 3)
     assert (wrong.pred_score != given.pred_score).all()
 
@@ -146,21 +161,21 @@ def test_an_image_is_treated_as_the_category_that_is_inferred_from_it(conditione
 def test_levels_are_fused_by_their_weights(conditioned) -> None:
     """A level alone is its excess over what is normal, and the default is (L + N + 2 D) / 4 of these."""
     model, images, category = conditioned
-    default, maps = model.preset, {}
+    default, maps = model.settings, {}
     try:
         for level in ("pixel", "latent", "feature", "detail"):
-            model.preset = replace(default, levels={level: 3.0})
+            model.settings = change(default, "maps", levels={level: 3.0})
             maps[level] = model(images, category).anomaly_map
     finally:
-        model.preset = default
-    assert default.levels == {"latent": 1.0, "feature": 1.0, "detail": 2.0}
+        model.settings = default
+    assert default.maps.levels == {"latent": 1.0, "feature": 1.0, "detail": 2.0}
     found = model(images, category).anomaly_map
     expected = (maps["latent"] + maps["feature"] + 2 * maps["detail"]) / 4
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for level, magnification in {"feature": 1, "detail": 2}.items():
-        novelty = model.novelty[level](model.features(images, magnification), category)
-        novelty = resize_mirrored(novelty, images.shape[-2:])
-        torch.testing.assert_close(maps[level], model.normal_range(novelty, level, category))
+        distance = model.memory_banks[level](model.features(images, magnification), category)
+        distance = resize_mirrored(distance, images.shape[-2:])
+        torch.testing.assert_close(maps[level], model.normal_range(distance, level, category))
     assert (maps["pixel"] - maps["latent"]).abs().max() > 0.1
 
 
@@ -168,14 +183,14 @@ def test_the_range_of_maps_and_the_threshold_of_cells_are_those_of_held_out_norm
     model, images, category = conditioned
     held_out = [0, 1, 8, 9, 16, 17]
     images, category = images[held_out], category[held_out]
-    novelty = resize_mirrored(model.novelty["feature"](model.features(images), category), images.shape[-2:])
+    distance = resize_mirrored(model.memory_banks["feature"](model.features(images), category), images.shape[-2:])
     cells = F.avg_pool2d(model(images, category).anomaly_map, 8)
     row = torch.arange(images.shape[-1])
     row = torch.minimum(row, row.flip(0))
     ring = (torch.minimum(row, row[:, None]) // 8).clamp_max(3)[::4, ::4]
     for index in range(3):
         for border in range(4):
-            own = novelty[category == index][:, 0, ::4, ::4][:, ring == border]
+            own = distance[category == index][:, 0, ::4, ::4][:, ring == border]
             torch.testing.assert_close(model.normal_range.median[index, 2, border], own.median())
             high = model.normal_range.high[index, 2, border].item()
             assert high == pytest.approx(max(own.quantile(0.99).item(), 1.01 * own.median().item()), rel=0.02)
@@ -187,36 +202,39 @@ def test_the_corrected_image_takes_what_deviates_from_normal_images(conditioned)
     model, images, category = conditioned
     defective = images[:1].clone()
     defective[:, :, 24:40, 40:56] = torch.tensor([0.9, -0.9, 0.9]).view(3, 1, 1)
-    seen = model(defective, category[:1])
-    cells = F.avg_pool2d(seen.anomaly_map, 8)
+    outputs = model(defective, category[:1])
+    cells = F.avg_pool2d(outputs.anomaly_map, 8)
     assert model.exemplars.deviating(cells, category[:1])[0, 0, 3:5, 5:7].min() == 1
-    assert (seen.correction - images[:1])[:, :, 26:38, 42:54].abs().mean() < 0.2
-    assert (seen.reconstruction - images[:1])[:, :, 26:38, 42:54].abs().mean() > 0.8
+    assert (outputs.correction - images[:1])[:, :, 26:38, 42:54].abs().mean() < 0.2
+    assert (outputs.reconstruction - images[:1])[:, :, 26:38, 42:54].abs().mean() > 0.8
     assert Exemplars(1, (64, 96), num_categories=3).deviating(cells, category[:1]).sum() == 0  # not calibrated
 
 
 @pytest.mark.parametrize("levels", [{}, {"image": 1.0}, {"latent": 0.0}, {"feature": 1.0}])
 def test_levels_that_cannot_be(levels: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must be one or more of pixel, latent, each with its weight above 0"):
-        replace(PLAIN, levels=levels)
+    with pytest.raises(ValueError, match="must be one or more of pixel, latent, each with a weight above 0"):
+        change(PLAIN, "maps", levels=levels)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"magnification": 0.5}, "magnification=0.5 must be at least 1"),
-        ({"exemplars": -1}, "exemplars=-1 must be at least 0"),
-        ({"scale_latents": False}, "scale_latents=False needs calibrated=False and exemplars=0"),
-        ({"scale_latents": False, "calibrated": False}, "calibrated=False and exemplars=12 are learnt"),
+        ({"latents": {"magnification": 0.5}}, "magnification=0.5 must be at least 1"),
+        ({"correction": {"exemplars": -1}}, "exemplars=-1 must be at least 0"),
+        ({"latents": {"scale": False}}, r"latents\.scale=False needs normal_range=False and exemplars=0"),
+        (
+            {"latents": {"scale": False}, "maps": {"normal_range": False}},
+            r"normal_range=False and settings\.correction\.exemplars=12 are fitted together",
+        ),
     ],
 )
-def test_settings_that_exclude_each_other(settings: dict[str, float], message: str) -> None:
+def test_settings_that_exclude_each_other(settings: dict[str, dict], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(PLAIN, **settings)
+        resolve("balanced", settings)
 
 
 def test_without_features_the_other_levels_remain() -> None:
-    assert DeCoDiff(features="none").settings.levels == {"latent": 1.0}
+    assert DeCoDiff(features="none").settings.maps.levels == {"latent": 1.0}
 
 
 def test_a_fixed_category_is_taken_for_all_images(conditioned) -> None:
@@ -257,18 +275,18 @@ def test_each_category_has_latents_in_its_own_units(conditioned) -> None:
     assert pooled[category == 0].mean((0, 2, 3)).abs().max() > 0.9  # among dark, bright and striped ones, dark is dark
 
 
-def test_the_denoiser_is_not_told_every_category_in_training() -> None:
-    """With no category told, the rows of the table share one gradient; with all told, unused rows have none."""
+def test_some_categories_are_dropped_in_training() -> None:
+    """With all of them dropped, the rows of the table share one gradient; with none, unused rows have none."""
 
     def row_gradients(share: float) -> torch.Tensor:
-        model = DeCoDiffModel(replace(PLAIN, category_dropout=share), (64, 96), num_categories=3)
+        model = DeCoDiffModel(change(PLAIN, "training", category_dropout=share), (64, 96), num_categories=3)
         for parameter in model.denoiser.parameters():
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
-        model.training_loss(images(), torch.tensor([1, 1]), torch.Generator().manual_seed(0)).backward()
+        model.training_loss(images(), torch.tensor([1, 1]), ReplayBuffer(), torch.Generator().manual_seed(0)).backward()
         return model.denoiser.category_embedding.weight.grad
 
-    untold, told = row_gradients(1.0), row_gradients(0.0)
-    assert untold.abs().max() > 0
-    torch.testing.assert_close(untold[0], untold[1])
-    assert told[1].abs().max() > 0
-    assert told[0].abs().max() == told[2].abs().max() == 0
+    dropped, kept = row_gradients(1.0), row_gradients(0.0)
+    assert dropped.abs().max() > 0
+    torch.testing.assert_close(dropped[0], dropped[1])
+    assert kept[1].abs().max() > 0
+    assert kept[0].abs().max() == kept[2].abs().max() == 0

@@ -1,4 +1,4 @@
-"""The demo textures: honest splits, honest masks, and a cache that is whole or absent."""
+"""The demo textures: disjoint splits, exact masks, and a cache that is either complete or absent."""
 
 import json
 import random
@@ -36,7 +36,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("category", ["brick", "grass", "gravel"])
-def test_splits_hold_the_promised_images(root, category):
+def test_splits_have_the_documented_numbers_of_images(root, category):
     datamodule = DemoTextures(root=root, category=category)
     datamodule.prepare_data()
     datamodule.setup()
@@ -52,7 +52,7 @@ def test_splits_hold_the_promised_images(root, category):
     assert len(set.union(*paths)) == 80 + 24 + 64
 
 
-def test_batches_carry_images_and_masks(root):
+def test_batches_have_images_and_masks(root):
     datamodule = DemoTextures(root=root, eval_batch_size=64)
     datamodule.setup()
     batch = next(iter(datamodule.test_dataloader()))
@@ -81,7 +81,7 @@ def test_subsets_come_from_different_parts_of_the_photograph(name):
 
 @pytest.mark.parametrize("category", demo.FOREIGN_MATERIAL)
 @pytest.mark.parametrize("defect", demo.DEFECTS)
-def test_mask_is_where_the_image_was_damaged(category, defect):
+def test_mask_marks_the_changed_pixels(category, defect):
     photograph = demo._load_photograph(category)
     foreign = demo._load_photograph(demo.FOREIGN_MATERIAL[category])
     for seed in range(5):
@@ -95,7 +95,7 @@ def test_mask_is_where_the_image_was_damaged(category, defect):
         assert change.max() > 20 / 255
 
 
-def test_files_pair_images_with_masks(root):
+def test_each_defective_image_has_a_mask(root):
     for category in demo.FOREIGN_MATERIAL:
         folder = root / demo.VERSION / "DemoTextures" / category
         images = sorted(path for defect in demo.DEFECTS for path in (folder / "test" / defect).iterdir())
@@ -106,7 +106,7 @@ def test_files_pair_images_with_masks(root):
 
 
 @pytest.mark.usefixtures("few_images")
-def test_builds_are_bit_identical_whatever_the_global_seeds(tmp_path):
+def test_builds_are_bit_identical_for_any_global_seed(tmp_path):
     for seed, name in enumerate(["first", "second"]):
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - the legacy state is what is under test
@@ -115,7 +115,7 @@ def test_builds_are_bit_identical_whatever_the_global_seeds(tmp_path):
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
-def test_intact_cache_is_not_touched(root, monkeypatch):
+def test_intact_cache_is_not_rebuilt(root, monkeypatch):
     monkeypatch.setattr(demo, "build_textures", lambda folder: pytest.fail(f"rebuilt {folder}"))
     DemoTextures(root=root).prepare_data()
 
@@ -158,7 +158,7 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("few_images")
-def test_of_two_builders_the_first_wins(tmp_path, monkeypatch):
+def test_of_two_simultaneous_builds_the_first_is_kept(tmp_path, monkeypatch):
     folder, write_category = tmp_path / "textures", demo._write_category
 
     def overtaken(*args):
@@ -175,10 +175,10 @@ def test_of_two_builders_the_first_wins(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is a convention of Linux")
-def test_cache_lies_in_the_users_cache_folder(monkeypatch, tmp_path):
+def test_cache_is_in_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert DemoTextures().root == tmp_path / "decodiff_anomalib" / demo.VERSION / "DemoTextures"
-    assert not list(tmp_path.iterdir())  # nothing is written before it is needed
+    assert not list(tmp_path.iterdir())  # written only by prepare_data
 
 
 def test_unwritable_root_names_the_remedy(tmp_path):

@@ -1,4 +1,4 @@
-"""Broken files are named, 16-bit files are read at their depth."""
+"""Broken files are named, and 16-bit files are read at full depth."""
 
 from pathlib import Path
 

@@ -1,0 +1,21 @@
+"""Whitening of features by their principal components."""
+
+import torch
+
+FLOOR = 0.3
+
+
+def whitening_matrix(points: torch.Tensor, channels: int | None = None) -> torch.Tensor:
+    """Matrix ``(channels, F)`` that whitens ``points`` ``(N, F)`` by their leading principal components.
+
+    The standard deviation of a component is taken to be at least :data:`FLOOR` times the root mean square over the kept
+    components, so that the noise of weak components is not amplified.
+
+    Args:
+        points: ``(N, F)``; need not be centred.
+        channels: Components kept; all by default.
+    """
+    variances, components = torch.linalg.eigh(torch.cov(points.T.double()))
+    variances, components = variances.flip(0)[:channels].clamp_min(0), components.flip(1)[:, :channels]
+    scale = variances.sqrt().clamp_min(FLOOR * variances.mean().sqrt())
+    return (components / scale).T

@@ -1,0 +1,173 @@
+"""Each callback by itself, with a trainer that only has what it reads."""
+
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.data.utils.split import ValSplitMode
+from lightning.pytorch import LightningModule
+from PIL import Image
+
+from decodiff_anomalib import callbacks as module
+from decodiff_anomalib.callbacks import HoldOutNormals, ImageFiles, LoaderLimits, TrainingDuration, WeightAveraging
+
+
+class Datamodule:
+    """What the callbacks read and change of a datamodule."""
+
+    def __init__(self, mode: ValSplitMode = ValSplitMode.SAME_AS_TEST) -> None:
+        self.num_workers, self.train_batch_size = 10_000, 32
+        self.train_data, self.val_data, self.val_split_mode = list(range(20)), "test images", mode
+        self.setups: list[str] = []
+
+    def setup(self, stage: str) -> None:
+        self.setups.append(stage)
+
+
+def trainer_of(datamodule: object, **attributes: object) -> SimpleNamespace:
+    return SimpleNamespace(datamodule=datamodule, **attributes)
+
+
+def test_loaders_are_limited_for_the_fit_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    datamodule, limits = Datamodule(), LoaderLimits(max_batch_size=4)
+    limits.setup(trainer_of(datamodule), None, "test")
+    assert (datamodule.num_workers, datamodule.train_batch_size) == (10_000, 32)
+    limits.setup(trainer_of(datamodule), None, "fit")
+    assert (datamodule.num_workers, datamodule.train_batch_size) == (3, 4)
+    limits.teardown(trainer_of(datamodule), None, "fit")
+    assert (datamodule.num_workers, datamodule.train_batch_size) == (10_000, 32)
+    LoaderLimits(None).setup(trainer_of(datamodule), None, "fit")
+    assert datamodule.train_batch_size == 32
+    LoaderLimits(4).setup(trainer_of(None), None, "fit")
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anomalib's split, on lists."""
+    monkeypatch.setattr(
+        module,
+        "random_split",
+        lambda data, share, seed: (data[round(len(data) * share) :], data[: round(len(data) * share)]),
+    )
+
+
+@pytest.mark.parametrize("mode", [ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST, ValSplitMode.NONE])
+def test_normals_are_held_out_where_test_images_would_be_used(split: None, mode: ValSplitMode) -> None:
+    datamodule, callback = Datamodule(mode), HoldOutNormals(0.15, seed=0)
+    callback.setup(trainer_of(datamodule), None, "fit")
+    assert (len(datamodule.train_data), len(datamodule.val_data)) == (17, 3)
+    assert datamodule.setups == ["fit"]
+    callback.teardown(trainer_of(datamodule), None, "fit")
+    assert (datamodule.train_data, datamodule.val_data) == (list(range(20)), "test images")
+
+
+def test_own_validation_images_are_used(split: None) -> None:
+    for datamodule, share in ((Datamodule(ValSplitMode.FROM_TRAIN), 0.15), (Datamodule(), 0.0)):
+        HoldOutNormals(share, seed=0).setup(trainer_of(datamodule), None, "fit")
+        assert datamodule.val_data == "test images"
+
+
+def test_too_few_images_to_hold_out_are_refused(split: None) -> None:
+    with pytest.raises(ValueError, match=r"20 training images leave fewer than 2 .* calibration_split=0\.05"):
+        HoldOutNormals(0.05, seed=0).setup(trainer_of(Datamodule()), None, "fit")
+
+
+def test_image_files_are_checked_and_16_bit_images_restored(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.fromarray((values >> 8).astype(np.uint8)).save(tmp_path / "plain.png")
+    paths = [str(tmp_path / name) for name in ("deep.png", "plain.png")]
+    data = SimpleNamespace(samples=pd.DataFrame({"image_path": paths}))
+    files = ImageFiles()
+    files.setup(trainer_of(SimpleNamespace(test_data=data)), None, "test")
+    batch = ImageBatch(image=torch.ones(2, 3, 8, 8), image_path=paths)
+    files.restore_depth(batch)
+    torch.testing.assert_close(batch.image[0, 0].numpy(), (values / 65535).astype(np.float32), atol=1e-6, rtol=0)
+    assert (batch.image[1] == 1).all()
+    (tmp_path / "plain.png").write_text("not an image")
+    with pytest.raises(ValueError, match="1 of 2 image files cannot be read"):
+        files.on_predict_start(SimpleNamespace(predict_dataloaders=SimpleNamespace(dataset=data)), None)
+
+
+def duration_trainer(**changes: object) -> SimpleNamespace:
+    """A trainer of ten batches an epoch, as Lightning makes it when the user gives no duration."""
+    values = {
+        "max_epochs": 1000,
+        "max_steps": -1,
+        "num_training_batches": 10,
+        "accumulate_grad_batches": 2,
+        "check_val_every_n_epoch": 1,
+        "val_check_interval": 1.0,
+        "val_check_batch": 10,
+        "estimated_stepping_batches": 77,
+        "global_step": 0,
+        "should_stop": False,
+        "fit_loop": SimpleNamespace(max_epochs=1000, epoch_loop=SimpleNamespace(max_steps=-1)),
+    }
+    return SimpleNamespace(**values | changes)
+
+
+def test_the_duration_is_the_models_unless_the_trainer_has_one() -> None:
+    duration, trainer = TrainingDuration(12), duration_trainer()
+    assert duration.total_steps(trainer) == 12
+    duration.on_train_start(trainer, None)
+    assert (trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps) == (3, 12)
+    assert (trainer.check_val_every_n_epoch, trainer.val_check_batch) == (None, 8)  # a third of the steps, in batches
+    for given in ({"max_epochs": 7}, {"max_steps": 5}):
+        trainer = duration_trainer(**given)
+        assert duration.total_steps(trainer) == 77
+        duration.on_train_start(trainer, None)
+        assert trainer.fit_loop.max_epochs == 1000
+
+
+def test_a_validation_interval_of_the_user_is_kept() -> None:
+    trainer = duration_trainer(val_check_interval=4)
+    TrainingDuration(12).on_train_start(trainer, None)
+    assert (trainer.check_val_every_n_epoch, trainer.val_check_batch) == (1, 10)
+
+
+def test_the_last_step_ends_with_a_validation() -> None:
+    for step, stops in ((4, False), (5, True)):
+        trainer = duration_trainer(max_steps=5, global_step=step)
+        TrainingDuration(12).on_train_batch_end(trainer, None, None, None, 0)
+        assert trainer.should_stop is stops
+
+
+def test_the_minutes_left_are_logged_at_the_present_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 160.0, 220.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+    logged: list[float] = []
+    model = SimpleNamespace(log=lambda name, value, **_: logged.append(value))
+    duration = TrainingDuration(12)
+    for step in (0, 2):
+        duration.on_train_batch_start(duration_trainer(global_step=step), model, None, 0)
+    assert logged == [pytest.approx(5.0)]  # 2 steps a minute, 10 of 12 left
+    endless = duration_trainer(max_epochs=7, global_step=4, estimated_stepping_batches=math.inf)
+    duration.on_train_batch_start(endless, model, None, 0)
+    assert len(logged) == 1
+
+
+def test_averaging_swaps_weights_back_and_keeps_what_validation_measured() -> None:
+    """One step of the average (Tarvainen & Valpola, 2017): decay * old + (1 - decay) * new."""
+    model = LightningModule()
+    model.weight = torch.nn.Parameter(torch.zeros(1))
+    model.register_buffer("measured", torch.zeros(1))
+    averaging = WeightAveraging(decay=0.9, use_buffers=False)
+    averaging.setup(None, model, "fit")
+    torch.nn.init.constant_(model.weight, 1.0)
+    averaging._average_model.update_parameters(model)  # the first is a copy
+    torch.nn.init.constant_(model.weight, 2.0)
+    averaging._average_model.update_parameters(model)
+    averaging.on_validation_epoch_start(None, model)
+    assert model.weight.item() == pytest.approx(0.9 * 1 + 0.1 * 2)
+    model.measured.fill_(5.0)
+    averaging.on_validation_epoch_end(None, model)
+    assert model.weight.item() == pytest.approx(2.0)
+    assert model.measured.item() == 5.0

@@ -1,0 +1,84 @@
+"""What checkpoints state and refuse, on plain dictionaries."""
+
+import math
+
+import pytest
+import torch
+
+from decodiff_anomalib import checkpoint as checkpoints
+from decodiff_anomalib.presets import PRESETS, resolve
+
+
+def saved(preset: str = "balanced") -> dict:
+    return checkpoints.identity(PRESETS[preset], (64, 96), "bundled", ("felt", "bolt"))
+
+
+def test_the_identity_is_plain_data(tmp_path) -> None:
+    torch.save({checkpoints.KEY: saved()}, tmp_path / "model.ckpt")
+    loaded = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert checkpoints.saved_identity(loaded) == saved()
+    assert saved()["image_size"] == [64, 96]
+    assert saved()["denoiser"] == "nano"
+
+
+def test_checkpoints_of_other_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="The checkpoint is not DeCoDiff's"):
+        checkpoints.saved_identity({"state_dict": {}})
+
+
+def test_arguments_that_were_given_must_agree() -> None:
+    other = checkpoints.identity(resolve("balanced", None, {"denoiser": "tiny"}), (64, 64), "bundled", ("felt",))
+    checkpoints.check_arguments(saved(), other, given=set())
+    checkpoints.check_arguments(saved(), other, given={"codec", "features", "learning_rate"})
+    with pytest.raises(ValueError, match=r"trained with denoiser='nano', .* to have 'tiny'\. Leave --model\.denoiser"):
+        checkpoints.check_arguments(saved(), other, given={"denoiser"})
+    with pytest.raises(ValueError, match=r"trained with image_size=\[64, 96\], the model is to have \[64, 64\]"):
+        checkpoints.check_arguments(saved(), other, given={"image_size"})
+
+
+def test_training_resumes_with_the_same_categories_in_the_same_order() -> None:
+    checkpoints.check_categories(saved(), ("felt", "bolt"))
+    with pytest.raises(ValueError, match="on the categories felt, bolt; training cannot go on with bolt, felt"):
+        checkpoints.check_categories(saved(), ("bolt", "felt"))
+
+
+def test_levels_and_steps_can_be_chosen_anew_and_nothing_else() -> None:
+    overrides = {"maps": {"levels": {"feature": 1.0}, "pixel_sigma": 9}, "training": {"steps": 1}}
+    chosen = checkpoints.loaded_settings(saved(), overrides, num_steps=None)
+    assert chosen.maps.levels == {"feature": 1.0}
+    assert chosen.maps.pixel_sigma == PRESETS["balanced"].maps.pixel_sigma
+    assert chosen.training == PRESETS["balanced"].training
+    assert checkpoints.loaded_settings(saved("paper"), {}, num_steps=10).correction.num_steps == 10
+    assert checkpoints.loaded_settings(saved("paper"), {"correction": {"num_steps": 2}}, None).correction.num_steps == 2
+
+
+def test_steps_that_were_not_trained_are_refused() -> None:
+    assert checkpoints.loaded_settings(saved(), {}, num_steps=1) == PRESETS["balanced"]
+    with pytest.raises(ValueError, match=r"trained for num_steps=1 and no other .*, not 5"):
+        checkpoints.loaded_settings(saved(), {}, num_steps=5)
+
+
+def test_thresholds_are_reset_wherever_they_are_stored() -> None:
+    checkpoint = {
+        "state_dict": {"post_processor.image_thresholds": torch.ones(3), "model.latent_mean": torch.ones(3)},
+        "callbacks": {"PostProcessor": {"_pixel_threshold": torch.tensor(2.0)}, "Other": {}},
+    }
+    checkpoints.reset_thresholds(checkpoint)
+    assert checkpoint["state_dict"]["post_processor.image_thresholds"].isnan().all()
+    assert math.isnan(checkpoint["callbacks"]["PostProcessor"]["_pixel_threshold"])
+    assert (checkpoint["state_dict"]["model.latent_mean"] == 1).all()
+
+
+def test_metrics_are_those_of_the_model_that_loads() -> None:
+    checkpoint = {"state_dict": {"model.a": torch.zeros(1), "evaluator.old": torch.zeros(1)}}
+    checkpoints.replace_metrics(checkpoint, {"model.a": torch.ones(1), "evaluator.new": torch.ones(1)})
+    assert set(checkpoint["state_dict"]) == {"model.a", "evaluator.new"}
+    assert checkpoint["state_dict"]["model.a"] == 0
+
+
+def test_frozen_parts_are_stored_once() -> None:
+    state = {"model.codec.weight": torch.zeros(2), "model.denoiser.weight": torch.zeros(2)}
+    unaveraged = {name: tensor.clone() for name, tensor in state.items()}
+    checkpoints.share_frozen(checkpoint := {"state_dict": state, "current_model_state": unaveraged})
+    assert checkpoint["current_model_state"]["model.codec.weight"] is state["model.codec.weight"]
+    assert checkpoint["current_model_state"]["model.denoiser.weight"] is not state["model.denoiser.weight"]

@@ -1,0 +1,115 @@
+"""What DeCoDiff is before it meets an engine: how often networks are built, seeds, arguments, checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from decodiff_anomalib import DeCoDiff
+from decodiff_anomalib import lightning_model as module
+from decodiff_anomalib.torch_model import DeCoDiffModel
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many backbones and torch models were built, not counting backbones without weights."""
+    counts = {"backbone": 0, "model": 0}
+    create, init = timm.create_model, DeCoDiffModel.__init__
+
+    def create_model(*args, **kwargs):
+        counts["backbone"] += torch.empty(0).device.type != "meta"
+        return create(*args, **kwargs)
+
+    def counted(self, *args, **kwargs) -> None:
+        counts["model"] += 1
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(DeCoDiffModel, "__init__", counted)
+    return counts
+
+
+def save(model: DeCoDiff, path: Path) -> Path:
+    """A checkpoint as Lightning writes it, without a trainer."""
+    checkpoint = {
+        "state_dict": model.state_dict(),
+        "hyper_parameters": dict(model.hparams),
+        "pytorch-lightning_version": "2.6.0",
+    }
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+def weights(model: DeCoDiff) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.model.denoiser.parameters()])
+
+
+def test_a_model_builds_its_backbone_once(built: dict[str, int]) -> None:
+    DeCoDiff(image_size=64)
+    assert built == {"backbone": 1, "model": 1}
+
+
+def test_new_categories_share_the_backbone(built: dict[str, int]) -> None:
+    model = DeCoDiff(image_size=64)
+    model._adopt_categories(("bolt", "felt"))
+    assert built == {"backbone": 1, "model": 2}
+    assert model.model.num_categories == 2
+
+
+def test_a_checkpoint_is_loaded_into_one_model(built: dict[str, int], tmp_path: Path) -> None:
+    model = DeCoDiff(image_size=64, settings={"maps": {"levels": {"latent": 1.0}}})
+    model._adopt_categories(("bolt", "felt"))
+    path = save(model, tmp_path / "model.ckpt")
+    built.update(backbone=0, model=0)
+    loaded = DeCoDiff.load_from_checkpoint(path)
+    assert built == {"backbone": 1, "model": 1}
+    assert loaded.categories == ("bolt", "felt")
+    assert loaded.settings == model.settings
+    assert torch.equal(weights(loaded), weights(model))
+
+
+def test_a_checkpoint_of_a_codec_from_elsewhere_needs_it_no_more(small_codec: Path, tmp_path: Path) -> None:
+    arguments = {"settings": {"latents": {"codec": str(small_codec)}}, "image_size": 64, "denoiser": "XS"}
+    path = save(DeCoDiff(preset="paper", **arguments), tmp_path / "model.ckpt")
+    saved = torch.load(path, weights_only=True)
+    assert saved["hyper_parameters"]["codec"] is None
+    assert saved["decodiff"]["codec"]["_class_name"] == "AutoencoderKL"
+    small_codec.rename(small_codec.with_name("moved"))
+    try:
+        loaded = DeCoDiff.load_from_checkpoint(path)
+    finally:
+        small_codec.with_name("moved").rename(small_codec)
+    assert loaded.model.codec.spec == saved["decodiff"]["codec"]
+
+
+def test_weights_depend_on_the_seed_and_on_nothing_else() -> None:
+    before = torch.random.get_rng_state()
+    first = weights(DeCoDiff(image_size=64, seed=3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(5)
+    assert torch.equal(weights(DeCoDiff(image_size=64, seed=3)), first)
+    assert not torch.equal(weights(DeCoDiff(image_size=64, seed=4)), first)
+
+
+def test_an_argument_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = save(DeCoDiff(image_size=64), tmp_path / "model.ckpt")
+    for arguments, message in (
+        ({"denoiser": "tiny"}, r"trained with denoiser='nano', the model is to have 'tiny'"),
+        ({"image_size": 96}, r"trained with image_size=\[64, 64\], the model is to have \[96, 96\]"),
+        ({"num_steps": 5}, r"trained for num_steps=1 and no other"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DeCoDiff.load_from_checkpoint(path, **arguments)
+    assert DeCoDiff.load_from_checkpoint(path, codec="bundled").model.codec.spec == "bundled"
+
+
+def test_loading_leaves_the_constructor_as_it_was(tmp_path: Path) -> None:
+    torch.save(
+        {"state_dict": {}, "hyper_parameters": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt"
+    )
+    with pytest.raises(ValueError, match="The checkpoint is not DeCoDiff's"):
+        DeCoDiff.load_from_checkpoint(tmp_path / "other.ckpt")
+    assert module._builds_model.get()
+    assert isinstance(DeCoDiff(image_size=64).model, DeCoDiffModel)
