@@ -37,7 +37,8 @@ class Exemplars(nn.Module):
         self.register_buffer("images", torch.zeros(rows, count, 3, height, width, dtype=torch.uint8))
         coarse = torch.zeros(rows * count, 4, height // STRIDE, width // STRIDE)
         self.register_buffer("coarse", coarse, persistent=False)
-        self.register_buffer("cell_thresholds", torch.full((rows, 1, 1, 1), math.nan))
+        # Nothing exceeds infinity. With NaN instead, OpenVINO's comparison would be true.
+        self.register_buffer("cell_thresholds", torch.full((rows, 1, 1, 1), math.inf))
 
     @torch.no_grad()
     def fit(self, row: int, images: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""The published protocol: what its data sets, pictures and learning rate are like.
+"""The published protocol: preprocessing, augmentation, categories and learning rate.
 
-What is a default of the model lives in :mod:`decodiff_anomalib.presets`; how results are measured, in
-:mod:`decodiff_anomalib.evaluation`. Points that surprise are kept, and said beside the code.
+Defaults of the model are in :mod:`decodiff_anomalib.settings`, the published metrics in
+:mod:`decodiff_anomalib.evaluation`. Unusual points of the authors' program are kept and stated beside the code.
 """
 
 import math

@@ -183,4 +183,8 @@ def show_settings(
     """
     import yaml
 
-    print(yaml.safe_dump(resolve(preset, settings).to_dict(), sort_keys=False), end="")
+    groups = {
+        group: {name: NONE if value is None else value for name, value in values.items()}
+        for group, values in resolve(preset, settings).to_dict().items()
+    }
+    print(yaml.safe_dump(groups, sort_keys=False), end="")

@@ -168,14 +168,14 @@ class DeCoDiffModel(nn.Module):
         maps = self.level_maps(self.settings.maps.levels, observed, corrected, reconstruction, decoded)
         anomaly_map = self.fuse(maps, observed.category)
         pred_score = self.score(anomaly_map)
+        category, ood_score = observed.category, observed.ood_score
         if self.exemplars is None:
-            correction = decoded
-        else:
-            # The difference of the two decoded images carries the correction without the loss of the codec.
-            reconstruction, faded = images, images + (decoded - reconstruction)
-            deviating = self.exemplars.deviating(self._cells(anomaly_map), observed.category)
-            correction = self.exemplars(faded, deviating, observed.category)
-        return ModelOutput(pred_score, anomaly_map, observed.category, observed.ood_score, reconstruction, correction)
+            return ModelOutput(pred_score, anomaly_map, category, ood_score, reconstruction, decoded)
+        # The difference of the two decoded images carries the correction without the loss of the codec.
+        faded = images + (decoded - reconstruction)
+        deviating = self.exemplars.deviating(self._cells(anomaly_map), category)
+        correction = self.exemplars(faded, deviating, category)
+        return ModelOutput(pred_score, anomaly_map, category, ood_score, images, correction)
 
     def observe(self, images: torch.Tensor, category: torch.Tensor | None = None) -> Observation:
         """Features, category and latents of a batch, each computed once; arguments as :meth:`forward`."""

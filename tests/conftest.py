@@ -12,13 +12,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: one thread ea
     os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED = Path(__file__).parents[2] / "shared"
-INTEGRATION = Path(__file__).parent / "integration"
+INTEGRATION = [Path(__file__).parent / folder for folder in ("integration", "benchmarks")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the integration tier by their folder."""
+    """Mark the tests that run whole models by their folder."""
     for item in items:
-        if INTEGRATION in item.path.parents:
+        if any(folder in item.path.parents for folder in INTEGRATION):
             item.add_marker(pytest.mark.integration)
 
 

@@ -4,9 +4,11 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 
 from decodiff_anomalib import DeCoDiff
+from decodiff_anomalib.__main__ import main
 from decodiff_anomalib.presets import GROUPS, PRESETS, SHORTCUTS, Settings, SettingsOverrides, given_overrides, resolve
 
 
@@ -114,3 +116,13 @@ def test_the_command_line_has_every_setting_with_its_type_and_help() -> None:
     for words in (["--model.settings.maps.fusion", "maximum"], ["--model.settings.maps.sigma", "1"]):
         with pytest.raises(Exception, match=r"fusion|sigma"):
             parser.parse_args(words)
+
+
+def test_printed_settings_are_complete_and_can_be_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["settings", "--preset", "paper", "--settings.maps.pixel_clip", "none", "--settings.scoring.top_share", "0.1"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    expected = resolve("paper", {"maps": {"pixel_clip": "none"}, "scoring": {"top_share": 0.1}})
+    assert resolve("balanced", printed) == expected
+    assert {group: set(values) for group, values in printed.items()} == {
+        group: {entry.name for entry in fields(kind)} for group, kind in GROUPS.items()
+    }
