@@ -19,8 +19,7 @@ import torch
 from anomalib.models.components.filters import GaussianBlur2d
 from anomalib.models.components.filters.blur import compute_kernel_size
 
-PIXEL_CLIP, PIXEL_SIGMA = 0.4, 3.0
-LATENT_CLIP, LATENT_SIGMA = 0.2, 1.0
+from decodiff_anomalib.paper import LATENT_CLIP, LATENT_SIGMA, PIXEL_CLIP, PIXEL_SIGMA
 
 
 def gaussian_blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:

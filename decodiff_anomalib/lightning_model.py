@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib import LearningType
@@ -24,7 +24,6 @@ from torchvision.transforms.v2.functional import center_crop
 
 from decodiff_anomalib import checkpoint as checkpoints
 from decodiff_anomalib.callbacks import HoldOutNormals, ImageFiles, LoaderLimits, TrainingDuration, WeightAveraging
-from decodiff_anomalib.codec import Codec, build_codec
 from decodiff_anomalib.conditioning import (
     GIVEN,
     INFERRED,
@@ -34,17 +33,18 @@ from decodiff_anomalib.conditioning import (
     fixed_category_index,
     vocabulary,
 )
-from decodiff_anomalib.corruption import ReplayBuffer
 from decodiff_anomalib.data.images import check_folders
 from decodiff_anomalib.data.normals import collect_normal_images
-from decodiff_anomalib.export import ExportMixin
+from decodiff_anomalib.export.mixin import ExportMixin
 from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.precision import computes_bfloat16
 from decodiff_anomalib.presets import SettingsOverrides, given_overrides, resolve
-from decodiff_anomalib.torch_model import DeCoDiffModel
 from decodiff_anomalib.visualizer import DeCoDiffVisualizer
-from decodiff_anomalib.weights import load_pretrained, transfer
+
+if TYPE_CHECKING:
+    from decodiff_anomalib.codec import Codec
+    from decodiff_anomalib.torch_model import DeCoDiffModel
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class DeCoDiff(ExportMixin, AnomalibModule):
         ValueError: If a word is unknown, a value is out of range, or an argument and a setting contradict each other.
     """
 
-    model: DeCoDiffModel
+    model: "DeCoDiffModel"
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class DeCoDiff(ExportMixin, AnomalibModule):
         train_steps: int | None = None,
         learning_rate: float | None = None,
         ema_decay: float | None = None,
-        settings: SettingsOverrides = SettingsOverrides(),  # noqa: B008 - frozen
+        settings: SettingsOverrides = SettingsOverrides(),  # noqa: B008 - never changed
         calibration_split: float = 0.15,
         false_alarm_rate: float = 0.01,
         seed: int = 0,
@@ -137,8 +137,12 @@ class DeCoDiff(ExportMixin, AnomalibModule):
         if not 0 <= calibration_split < 1:
             msg = f"calibration_split={calibration_split} must be at least 0 and below 1."
             raise ValueError(msg)
+        source = config = None
         pretrained = weights or init_from
-        source, config = load_pretrained(pretrained) if pretrained and _builds_model.get() else (None, None)
+        if pretrained and _builds_model.get():
+            from decodiff_anomalib.weights import load_pretrained
+
+            source, config = load_pretrained(pretrained)
         arguments = {
             "codec": str(codec) if isinstance(codec, Path) else codec,
             "features": features,
@@ -166,10 +170,16 @@ class DeCoDiff(ExportMixin, AnomalibModule):
         if _builds_model.get():
             self.model = self._build_model(self.settings.latents.codec)
         if source:
+            from decodiff_anomalib.weights import transfer
+
             transfer(source, self.model.denoiser)
 
-    def _build_model(self, codec: Codec | str | dict[str, Any], before: DeCoDiffModel | None = None) -> DeCoDiffModel:
+    def _build_model(
+        self, codec: "Codec | str | dict[str, Any]", before: "DeCoDiffModel | None" = None
+    ) -> "DeCoDiffModel":
         """The torch model, sharing the frozen backbone of the one ``before`` if it has the same."""
+        from decodiff_anomalib.torch_model import DeCoDiffModel
+
         backbone = self.settings.latents.backbone
         features = before.features if before is not None and before.settings.latents.backbone == backbone else None
         with torch.random.fork_rng(devices=[]):  # building a network draws weights, even if others are loaded then
@@ -248,6 +258,8 @@ class DeCoDiff(ExportMixin, AnomalibModule):
     def _adopt_categories(self, names: tuple[str, ...]) -> None:
         """Rebuild the model for the categories to train on, keeping the denoiser's weights for those it knows."""
         if not set(names) <= set(self.categories):
+            from decodiff_anomalib.weights import transfer
+
             before = self.model
             self.categories = vocabulary(names, published_table=self.settings.training.published_table)
             self.model = self._build_model(before.codec, before).to(self.device)
@@ -305,6 +317,8 @@ class DeCoDiff(ExportMixin, AnomalibModule):
         if stage == "fit":
             seed_everything(self.seed, workers=True)
             self._generator = torch.Generator().manual_seed(self.seed + self.global_rank)
+            from decodiff_anomalib.corruption import ReplayBuffer
+
             self._replay = ReplayBuffer()
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -496,6 +510,8 @@ class DeCoDiff(ExportMixin, AnomalibModule):
         """The spec of the codec that the arguments ask for; ``None`` if they ask for none."""
         if _builds_model.get():
             return self.model.codec.spec
+        from decodiff_anomalib.codec import build_codec
+
         codec = self.hparams["codec"]
         return codec if codec is None or isinstance(codec, dict) else build_codec(codec).spec
 

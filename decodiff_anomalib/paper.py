@@ -29,6 +29,12 @@ PUBLISHED_MEANS = {
 }
 """Means over all categories of a data set, one model for all of them."""
 
+PIXEL_CLIP, PIXEL_SIGMA = 0.4, 3.0
+LATENT_CLIP, LATENT_SIGMA = 0.2, 1.0
+"""Constants of the anomaly maps, see :mod:`decodiff_anomalib.discrepancy`."""
+
+NUM_TRAIN_TIMESTEPS = 10
+
 EPOCHS = 800
 WARMUP_EPOCHS = 10
 COSINE_HORIZON = 1.5  # in units of the epochs: training ends at a quarter of the peak rate, not at zero

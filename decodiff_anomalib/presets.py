@@ -6,9 +6,8 @@ YAML, ``DeCoDiff(settings={"GROUP": {"NAME": value}})`` in Python.
 
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from decodiff_anomalib.features import PACKAGED_BACKBONE
 from decodiff_anomalib.settings import (
     GROUPS,
     NONE,
@@ -20,10 +19,11 @@ from decodiff_anomalib.settings import (
     ScoringSettings,
     Settings,
     TrainingSettings,
+    annotations,
 )
 
 _BALANCED = Settings(
-    latents=LatentsSettings(codec="bundled", backbone=PACKAGED_BACKBONE, magnification=2.0, scale=True),
+    latents=LatentsSettings(codec="bundled", backbone="tf_efficientnet_lite0", magnification=2.0, scale=True),
     denoiser=DenoiserSettings(size="nano"),
     correction=CorrectionSettings(num_steps=1, timestep_spacing="trailing", exemplars=12),
     maps=MapsSettings(
@@ -66,14 +66,15 @@ def _overrides_type(kind: type) -> type:
     Where ``None`` is a value of the setting, the word ``none`` stands for it.
     """
     optional = []
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in annotations(kind).items():
         word = Literal["none"] if type(None) in get_args(hint) and str not in get_args(hint) else None
         optional.append((name, hint | word | None, None))
     return make_dataclass(
         kind.__name__.replace("Settings", "Overrides"),
         optional,
         namespace={"__doc__": kind.__doc__, "__module__": __name__},
-        frozen=True,
+        eq=False,
+        repr=False,
     )
 
 
@@ -87,7 +88,8 @@ else:
             for name, kind in ((name, _overrides_type(kind)) for name, kind in GROUPS.items())
         ],
         namespace={"__doc__": Settings.__doc__, "__module__": __name__},
-        frozen=True,
+        eq=False,
+        repr=False,
     )
     """Settings that differ from the preset; those left at ``None`` take its value."""
 
@@ -173,7 +175,7 @@ def resolve(preset: str, overrides: object = None, arguments: Mapping[str, Any] 
 
 def show_settings(
     preset: Literal["balanced", "fast", "paper"] = "balanced",
-    settings: SettingsOverrides = SettingsOverrides(),  # noqa: B008 - frozen
+    settings: SettingsOverrides = SettingsOverrides(),  # noqa: B008 - never changed
 ) -> None:
     """Print all settings that a model would be made with, as YAML for ``settings:``.
 

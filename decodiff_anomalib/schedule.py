@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-NUM_TRAIN_TIMESTEPS = 10
+from decodiff_anomalib.paper import NUM_TRAIN_TIMESTEPS
+
 MAX_BETA = 0.999
 
 

@@ -2,14 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from decodiff_anomalib.denoiser import DENOISER_SIZES, DenoiserSize
-from decodiff_anomalib.discrepancy import LATENT_CLIP, LATENT_SIGMA, PIXEL_CLIP, PIXEL_SIGMA
-from decodiff_anomalib.schedule import NUM_TRAIN_TIMESTEPS
+from decodiff_anomalib.paper import LATENT_CLIP, LATENT_SIGMA, NUM_TRAIN_TIMESTEPS, PIXEL_CLIP, PIXEL_SIGMA
 
 NONE = "none"
 """The word that overrides an optional setting by ``None``."""
+
+SizeName = Literal["nano", "tiny", "XS", "S", "M", "L", "XL"]
+"""Keys of :data:`decodiff_anomalib.denoiser.DENOISER_SIZES`."""
+
+
+@cache
+def annotations(kind: type) -> dict[str, Any]:
+    """Type of each field of a group, by name."""
+    return get_type_hints(kind)
 
 
 def _check(
@@ -24,7 +32,7 @@ def _check(
         ValueError: If a word is unknown or a number out of range.
     """
     name = type(group).__name__.removesuffix("Settings").lower()
-    for field_name, hint in get_type_hints(type(group)).items():
+    for field_name, hint in annotations(type(group)).items():
         value = getattr(group, field_name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             msg = f"settings.{name}.{field_name}={value!r} is unknown; valid: {', '.join(get_args(hint))}."
@@ -70,7 +78,7 @@ class DenoiserSettings:
             :class:`decodiff_anomalib.denoiser.DenoiserSize`.
     """
 
-    size: str | dict[str, Any] = "L"
+    size: SizeName | dict[str, Any] = "L"
 
     def __post_init__(self) -> None:
         """Check the size.
@@ -78,10 +86,12 @@ class DenoiserSettings:
         Raises:
             ValueError: If its name or one of its fields is unknown.
         """
-        if isinstance(self.size, str) and self.size not in DENOISER_SIZES:
-            msg = f"denoiser={self.size!r} is unknown; valid: {', '.join(DENOISER_SIZES)}."
+        if isinstance(self.size, str) and self.size not in get_args(SizeName):
+            msg = f"denoiser={self.size!r} is unknown; valid: {', '.join(get_args(SizeName))}."
             raise ValueError(msg)
         if isinstance(self.size, dict):
+            from decodiff_anomalib.denoiser import DenoiserSize
+
             known = {entry.name for entry in fields(DenoiserSize)}
             unknown = set(self.size) - known
             if unknown:

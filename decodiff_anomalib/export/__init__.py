@@ -7,42 +7,38 @@ everything that does not depend on the images is computed in advance, see
 :meth:`decodiff_anomalib.torch_model.DeCoDiffModel.folded`.
 
 Files are written only after their outputs agreed with the model's; ``parity.json`` beside them states the differences.
+The names below are imported on first use, because ``import anomalib.models`` imports this package.
 """
 
-from decodiff_anomalib.export.mixin import ExportMixin
-from decodiff_anomalib.export.parity import TOLERANCES, ParityError, ParityImages, Runtime, check_parity
-from decodiff_anomalib.export.pipeline import (
-    FURTHER_OUTPUTS,
-    INTERMEDIATE_OUTPUTS,
-    PREDICTIONS,
-    AntialiasedResize,
-    ExportableModel,
-    Pipeline,
-    export_pipeline,
-    exportable,
-    prediction_pipeline,
-)
-from decodiff_anomalib.export.quantization import QUANTISED_SCOPES
-from decodiff_anomalib.export.writers import write_onnx, write_openvino, write_torch
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "FURTHER_OUTPUTS",
-    "INTERMEDIATE_OUTPUTS",
-    "PREDICTIONS",
-    "QUANTISED_SCOPES",
-    "TOLERANCES",
-    "AntialiasedResize",
-    "ExportMixin",
-    "ExportableModel",
-    "ParityError",
-    "ParityImages",
-    "Pipeline",
-    "Runtime",
-    "check_parity",
-    "export_pipeline",
-    "exportable",
-    "prediction_pipeline",
-    "write_onnx",
-    "write_openvino",
-    "write_torch",
-]
+_HOMES = {
+    "FURTHER_OUTPUTS": "pipeline",
+    "INTERMEDIATE_OUTPUTS": "pipeline",
+    "PREDICTIONS": "pipeline",
+    "QUANTISED_SCOPES": "quantization",
+    "TOLERANCES": "parity",
+    "AntialiasedResize": "pipeline",
+    "ExportMixin": "mixin",
+    "ExportableModel": "pipeline",
+    "ParityError": "parity",
+    "ParityImages": "parity",
+    "Pipeline": "pipeline",
+    "Runtime": "parity",
+    "check_parity": "parity",
+    "export_pipeline": "pipeline",
+    "exportable": "pipeline",
+    "prediction_pipeline": "pipeline",
+    "write_onnx": "writers",
+    "write_openvino": "writers",
+    "write_torch": "writers",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}; its names are {', '.join(_HOMES)}."
+        raise AttributeError(msg)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

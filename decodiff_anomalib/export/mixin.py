@@ -1,17 +1,20 @@
 """Anomalib's export methods, for a Lightning model to inherit."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
-from anomalib import TaskType
-from anomalib.data import AnomalibDataModule, InferenceBatch
-from anomalib.deploy.export import CompressionType
-from torchmetrics import Metric
+from typing import TYPE_CHECKING, Any
 
-from decodiff_anomalib.export.pipeline import ExportableModel, prediction_pipeline
-from decodiff_anomalib.export.writers import write_onnx, write_openvino, write_torch
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+    from anomalib import TaskType
+    from anomalib.data import AnomalibDataModule, InferenceBatch
+    from anomalib.deploy.export import CompressionType
+    from torchmetrics import Metric
+
+    from decodiff_anomalib.export.pipeline import ExportableModel
 
 
 class ExportMixin:
@@ -23,6 +26,8 @@ class ExportMixin:
         Maps are of the working size. Without thresholds, scores and maps are raw and there are no labels.
         """
         del args, kwargs
+        from decodiff_anomalib.export.pipeline import prediction_pipeline
+
         return prediction_pipeline(self)(batch)
 
     def to_torch(self: ExportableModel, export_root: Path | str, model_file_name: str = "model") -> Path:
@@ -40,6 +45,8 @@ class ExportMixin:
             OSError: If the folder cannot be written to.
             ParityError: If the file's outputs differ from the model's; it is not written then.
         """
+        from decodiff_anomalib.export.writers import write_torch
+
         self.check_category()
         return write_torch(self, export_root, model_file_name)
 
@@ -73,6 +80,8 @@ class ExportMixin:
             ParityError: If the file's outputs differ from the model's; it is not written then.
             ValueError: If an output is unknown.
         """
+        from decodiff_anomalib.export.writers import write_onnx
+
         self.check_category()
         return write_onnx(self, export_root, model_file_name, input_size, datamodule, output_names, **kwargs)
 
@@ -118,6 +127,8 @@ class ExportMixin:
             ValueError: If ``INT8_PTQ`` or ``INT8_ACQ`` has no datamodule, or an output is unknown.
         """
         del task
+        from decodiff_anomalib.export.writers import write_openvino
+
         self.check_category()
         return write_openvino(
             self,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
@@ -48,10 +49,11 @@ def datamodule(root):
 
 @pytest.fixture(scope="module")
 def padim():
+    torch.manual_seed(0)  # of its random network
     return Padim(
         layers=["layer1"],
         pre_trained=False,
-        n_features=4,
+        n_features=16,
         pre_processor=Padim.configure_pre_processor(image_size=(64, 64)),
     )
 

@@ -1,6 +1,7 @@
 """Settings: presets, overrides, and what is refused before any work."""
 
 from dataclasses import FrozenInstanceError, fields, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,11 @@ from jsonargparse import ArgumentParser
 
 from decodiff_anomalib import DeCoDiff
 from decodiff_anomalib.__main__ import main
-from decodiff_anomalib.presets import GROUPS, PRESETS, SHORTCUTS, Settings, SettingsOverrides, given_overrides, resolve
+from decodiff_anomalib.codec import BUNDLED
+from decodiff_anomalib.denoiser import DENOISER_SIZES
+from decodiff_anomalib.features import PACKAGED_BACKBONE
+from decodiff_anomalib.presets import PRESETS, SHORTCUTS, SettingsOverrides, given_overrides, resolve
+from decodiff_anomalib.settings import GROUPS, Settings, SizeName
 
 
 def test_the_presets_differ_where_they_should() -> None:
@@ -26,6 +31,12 @@ def test_the_presets_differ_where_they_should() -> None:
 def test_settings_are_plain_data_in_checkpoints(preset: str, tmp_path) -> None:
     torch.save(PRESETS[preset].to_dict(), tmp_path / "settings.pt")
     assert Settings.from_dict(torch.load(tmp_path / "settings.pt", weights_only=True)) == PRESETS[preset]
+
+
+def test_words_are_those_of_the_modules_they_name() -> None:
+    assert get_args(SizeName) == tuple(DENOISER_SIZES)
+    assert PRESETS["balanced"].latents.backbone == PACKAGED_BACKBONE
+    assert PRESETS["balanced"].latents.codec == BUNDLED
 
 
 def test_settings_cannot_be_changed_in_place() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from decodiff_anomalib.data import DemoTextures, demo
+from decodiff_anomalib.data import DemoTextures, demo, textures
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def few_images(monkeypatch):
-    monkeypatch.setattr(demo, "FOREIGN_MATERIAL", {"gravel": "gravel"})
+    monkeypatch.setattr(textures, "FOREIGN_MATERIAL", {"gravel": "gravel"})
     for name in ("NUM_TRAIN", "NUM_VALIDATION", "NUM_TEST_GOOD", "NUM_TEST_PER_DEFECT"):
-        monkeypatch.setattr(demo, name, 1)
+        monkeypatch.setattr(textures, name, 1)
 
 
 def read(path):
@@ -67,27 +67,27 @@ def test_unknown_category_is_refused():
 
 @pytest.mark.parametrize("name", ["TRAIN_PART", "VALIDATION_PART", "TEST_PART"])
 def test_subsets_come_from_different_parts_of_the_photograph(name):
-    parts = {other: getattr(demo, other) for other in ("TRAIN_PART", "VALIDATION_PART", "TEST_PART")}
+    parts = {other: getattr(textures, other) for other in ("TRAIN_PART", "VALIDATION_PART", "TEST_PART")}
     marked = np.zeros((512, 512))
     marked[parts[name]] = 1
     rng = np.random.default_rng(0)
     for other, part in parts.items():
-        crops = [demo._crop(marked, part, rng) for _ in range(200)]
+        crops = [textures._crop(marked, part, rng) for _ in range(200)]
         if other == name:
             assert min(crop.min() for crop in crops) > 0.89  # the darkest exposure of white
         else:
             assert max(crop.max() for crop in crops) == 0
 
 
-@pytest.mark.parametrize("category", demo.FOREIGN_MATERIAL)
-@pytest.mark.parametrize("defect", demo.DEFECTS)
+@pytest.mark.parametrize("category", textures.FOREIGN_MATERIAL)
+@pytest.mark.parametrize("defect", textures.DEFECTS)
 def test_mask_marks_the_changed_pixels(category, defect):
-    photograph = demo._load_photograph(category)
-    foreign = demo._load_photograph(demo.FOREIGN_MATERIAL[category])
+    photograph = textures._load_photograph(category)
+    foreign = textures._load_photograph(textures.FOREIGN_MATERIAL[category])
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        clean, other = (demo._crop(source, demo.TEST_PART, rng) for source in (photograph, foreign))
-        damaged, mask = demo._damage(clean, other, demo.DEFECTS[defect], rng)
+        clean, other = (textures._crop(source, textures.TEST_PART, rng) for source in (photograph, foreign))
+        damaged, mask = textures._damage(clean, other, textures.DEFECTS[defect], rng)
         change = np.abs(damaged - clean)
         assert 0.003 < mask.mean() < 0.15
         assert change[~mask].max() == 0
@@ -96,9 +96,9 @@ def test_mask_marks_the_changed_pixels(category, defect):
 
 
 def test_each_defective_image_has_a_mask(root):
-    for category in demo.FOREIGN_MATERIAL:
+    for category in textures.FOREIGN_MATERIAL:
         folder = root / demo.VERSION / "DemoTextures" / category
-        images = sorted(path for defect in demo.DEFECTS for path in (folder / "test" / defect).iterdir())
+        images = sorted(path for defect in textures.DEFECTS for path in (folder / "test" / defect).iterdir())
         masks = sorted((folder / "ground_truth").rglob("*.png"))
         assert [(p.parent.name, p.stem + "_mask") for p in images] == [(p.parent.name, p.stem) for p in masks]
         assert all(read(image).shape == (256, 256) for image in images)
@@ -111,12 +111,12 @@ def test_builds_are_bit_identical_for_any_global_seed(tmp_path):
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - the legacy state is what is under test
         torch.manual_seed(seed)
-        demo.build_textures(tmp_path / name)
+        textures.build_textures(tmp_path / name)
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
 def test_intact_cache_is_not_rebuilt(root, monkeypatch):
-    monkeypatch.setattr(demo, "build_textures", lambda folder: pytest.fail(f"rebuilt {folder}"))
+    monkeypatch.setattr(textures, "build_textures", lambda folder: pytest.fail(f"rebuilt {folder}"))
     DemoTextures(root=root).prepare_data()
 
 
@@ -128,7 +128,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, damage):
     whole = contents(tmp_path)
 
     victim = datamodule.root / "gravel" / "train" / "good" / "000.png"
-    manifest = datamodule.root / demo.MANIFEST
+    manifest = datamodule.root / textures.MANIFEST
     match damage:
         case "missing":
             victim.unlink()
@@ -151,25 +151,25 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(demo.DEFECTS, "wire", interrupt)
+        patch.setitem(textures.DEFECTS, "wire", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            demo.build_textures(tmp_path / "textures")
+            textures.build_textures(tmp_path / "textures")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("few_images")
 def test_of_two_simultaneous_builds_the_first_is_kept(tmp_path, monkeypatch):
-    folder, write_category = tmp_path / "textures", demo._write_category
+    folder, write_category = tmp_path / "textures", textures._write_category
 
     def overtaken(*args):
-        monkeypatch.setattr(demo, "_write_category", write_category)
-        demo.build_textures(folder)
+        monkeypatch.setattr(textures, "_write_category", write_category)
+        textures.build_textures(folder)
         first.append(folder.stat().st_ino)
         write_category(*args)
 
     first = []
-    monkeypatch.setattr(demo, "_write_category", overtaken)
-    demo.build_textures(folder)
+    monkeypatch.setattr(textures, "_write_category", overtaken)
+    textures.build_textures(folder)
     assert [folder.stat().st_ino] == first
     assert [path.name for path in tmp_path.iterdir()] == ["textures"]
 
@@ -192,3 +192,7 @@ def test_missing_scikit_image_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(ImportError, match=r'pip install "decodiff_anomalib\[demo\]"'):
         DemoTextures(root=tmp_path).prepare_data()
+
+
+def test_the_datamodule_offers_every_category_with_images() -> None:
+    assert set(demo.CATEGORIES) == set(textures.FOREIGN_MATERIAL)
