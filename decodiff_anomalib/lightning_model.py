@@ -34,7 +34,7 @@ from decodiff_anomalib.conditioning import (
     vocabulary,
 )
 from decodiff_anomalib.data.images import check_folders
-from decodiff_anomalib.data.normals import collect_normal_images
+from decodiff_anomalib.data.normal_images import collect_normal_images
 from decodiff_anomalib.export.mixin import ExportMixin
 from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor

@@ -12,4 +12,5 @@ def computes_bfloat16(device: torch.device | str) -> bool:
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 cannot tell
+    return kind == "cpu" and bool(capabilities.get("avx512_bf16", False))

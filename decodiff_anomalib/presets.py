@@ -6,7 +6,7 @@ YAML, ``DeCoDiff(settings={"GROUP": {"NAME": value}})`` in Python.
 
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hints
 
 from decodiff_anomalib.settings import (
     GROUPS,
@@ -19,7 +19,6 @@ from decodiff_anomalib.settings import (
     ScoringSettings,
     Settings,
     TrainingSettings,
-    annotations,
 )
 
 _BALANCED = Settings(
@@ -66,7 +65,7 @@ def _overrides_type(kind: type) -> type:
     Where ``None`` is a value of the setting, the word ``none`` stands for it.
     """
     optional = []
-    for name, hint in annotations(kind).items():
+    for name, hint in get_type_hints(kind).items():
         word = Literal["none"] if type(None) in get_args(hint) and str not in get_args(hint) else None
         optional.append((name, hint | word | None, None))
     return make_dataclass(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from decodiff_anomalib.paper import LATENT_CLIP, LATENT_SIGMA, NUM_TRAIN_TIMESTEPS, PIXEL_CLIP, PIXEL_SIGMA
@@ -12,12 +11,6 @@ NONE = "none"
 
 SizeName = Literal["nano", "tiny", "XS", "S", "M", "L", "XL"]
 """Keys of :data:`decodiff_anomalib.denoiser.DENOISER_SIZES`."""
-
-
-@cache
-def annotations(kind: type) -> dict[str, Any]:
-    """Type of each field of a group, by name."""
-    return get_type_hints(kind)
 
 
 def _check(
@@ -32,7 +25,7 @@ def _check(
         ValueError: If a word is unknown or a number out of range.
     """
     name = type(group).__name__.removesuffix("Settings").lower()
-    for field_name, hint in annotations(type(group)).items():
+    for field_name, hint in get_type_hints(type(group)).items():
         value = getattr(group, field_name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             msg = f"settings.{name}.{field_name}={value!r} is unknown; valid: {', '.join(get_args(hint))}."

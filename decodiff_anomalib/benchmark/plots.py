@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.benchmark.record import CURVES, MAPS, Run
 from decodiff_anomalib.benchmark.report import HEADINGS, MEAN, display_names, run_categories
-from decodiff_anomalib.files import atomic_write
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 LINES = {"multi": "-", "single": "--"}

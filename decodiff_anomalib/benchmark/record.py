@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from decodiff_anomalib.files import atomic_write
+from decodiff_anomalib.atomic_write import atomic_write
 
 RECORD, LOG, MAPS, CURVES, CATEGORY_METRICS = "run.json", "log.txt", "maps.npz", "curves.json", "categories.json"
 """Files in the folder of a run."""

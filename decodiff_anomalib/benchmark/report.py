@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.benchmark.grid import MODES
 from decodiff_anomalib.benchmark.record import CATEGORY_METRICS, Run
 from decodiff_anomalib.evaluation import METRICS
-from decodiff_anomalib.files import atomic_write
 
 COSTS = ("train_seconds", "ms_batch_1", "ms_batch_8", "memory_mb", "parameters", "state_mb")
 VALUES = (*METRICS, *COSTS, "normal_change")

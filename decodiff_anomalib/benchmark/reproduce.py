@@ -15,10 +15,10 @@ from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.conditioning import GIVEN
 from decodiff_anomalib.data import MultiCategory
 from decodiff_anomalib.evaluation import compare_protocols
-from decodiff_anomalib.files import atomic_write
 from decodiff_anomalib.lightning_model import DeCoDiff
 from decodiff_anomalib.paper import CATEGORY_ORDER, PUBLISHED_MEANS, RESIZE, PaperAugmentation, paper_transform
 

@@ -25,13 +25,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, RandomCrop, Resize, Transform
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.benchmark import costs
 from decodiff_anomalib.benchmark.costs import GREY_VALUES
 from decodiff_anomalib.benchmark.record import CATEGORY_METRICS, CURVES, MAPS, RECORD, Run, write_record
 from decodiff_anomalib.data import MultiCategory
 from decodiff_anomalib.data.dataset import MultiCategoryDataset
 from decodiff_anomalib.evaluation import CategoryReport
-from decodiff_anomalib.files import atomic_write
 from decodiff_anomalib.lightning_model import DeCoDiff
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.precision import computes_bfloat16

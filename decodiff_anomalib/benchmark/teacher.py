@@ -27,9 +27,9 @@ from torchvision.transforms.v2.functional import (
     rgb_to_grayscale,
 )
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.data.images import inspect_images
 from decodiff_anomalib.features import PACKAGED_BACKBONE, VisualFeatures
-from decodiff_anomalib.files import atomic_write
 from decodiff_anomalib.precision import computes_bfloat16
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .interface import Codec
-from .patch import BUNDLED, PatchCodec
+from .linear import BUNDLED, PatchCodec
 
 
 def build_codec(codec: Codec | str | Path | dict[str, Any] = BUNDLED) -> Codec:

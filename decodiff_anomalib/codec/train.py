@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
 
-from decodiff_anomalib.codec.patch import PatchCodec
+from decodiff_anomalib.codec.linear import PatchCodec
 
 logger = logging.getLogger(__name__)
 

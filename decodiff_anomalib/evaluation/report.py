@@ -9,9 +9,9 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.evaluation.category_metrics import CategoryMetrics
 from decodiff_anomalib.evaluation.metrics import CATEGORY_RATES, COUNTS, METRICS, RATES
-from decodiff_anomalib.files import atomic_write
 
 if TYPE_CHECKING:
     import numpy as np

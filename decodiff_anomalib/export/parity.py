@@ -17,8 +17,8 @@ from anomalib.deploy.export import CompressionType
 from torchvision.transforms.v2.functional import resize
 
 from decodiff_anomalib.conditioning import UNKNOWN
-from decodiff_anomalib.export.images import drawn_images, evenly_spaced, set_up
 from decodiff_anomalib.export.pipeline import ExportableModel, prediction_pipeline
+from decodiff_anomalib.export.sample_images import drawn_images, evenly_spaced, set_up
 
 if TYPE_CHECKING:
     import openvino

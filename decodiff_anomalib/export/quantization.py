@@ -8,8 +8,8 @@ import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.deploy.export import CompressionType
 
-from decodiff_anomalib.export.images import evenly_spaced, set_up
 from decodiff_anomalib.export.parity import named_outputs
+from decodiff_anomalib.export.sample_images import evenly_spaced, set_up
 
 if TYPE_CHECKING:
     import openvino

@@ -14,7 +14,6 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType, ExportType
 
-from decodiff_anomalib.export.images import drawn_images
 from decodiff_anomalib.export.parity import (
     ODD_SIZES,
     TOLERANCES,
@@ -34,6 +33,7 @@ from decodiff_anomalib.export.pipeline import (
     export_pipeline,
 )
 from decodiff_anomalib.export.quantization import compress
+from decodiff_anomalib.export.sample_images import drawn_images
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

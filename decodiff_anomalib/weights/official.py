@@ -15,7 +15,7 @@ import torch
 
 from decodiff_anomalib.denoiser import DENOISER_SIZES, Denoiser, DenoiserSize
 from decodiff_anomalib.paper import CATEGORY_ORDER
-from decodiff_anomalib.weights.config import DenoiserConfig, State, empty_denoiser, fill, refuse_other_weights
+from decodiff_anomalib.weights.denoiser_config import DenoiserConfig, State, empty_denoiser, fill, refuse_other_weights
 
 logger = logging.getLogger(__name__)
 

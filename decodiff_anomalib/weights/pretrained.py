@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.denoiser import Denoiser
-from decodiff_anomalib.files import atomic_write
-from decodiff_anomalib.weights.config import DenoiserConfig, empty_denoiser, fill, refuse_other_weights
+from decodiff_anomalib.weights.denoiser_config import DenoiserConfig, empty_denoiser, fill, refuse_other_weights
 from decodiff_anomalib.weights.official import load_official
 
 logger = logging.getLogger(__name__)

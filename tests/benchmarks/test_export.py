@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from decodiff_anomalib import DeCoDiff, MultiCategory
 from decodiff_anomalib.export import prediction_pipeline
-from decodiff_anomalib.export.images import evenly_spaced
+from decodiff_anomalib.export.sample_images import evenly_spaced
 
 pytestmark = pytest.mark.benchmarks
 

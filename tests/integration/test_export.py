@@ -30,8 +30,8 @@ from decodiff_anomalib.export import (
     ParityError,
     prediction_pipeline,
 )
-from decodiff_anomalib.export.images import drawn_images
 from decodiff_anomalib.export.parity import SCORE_OF_LABEL
+from decodiff_anomalib.export.sample_images import drawn_images
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -351,7 +351,7 @@ def test_compressed_files_are_small_and_rank_images_as_the_model_does(
     assert ("i8" in kernels) == (compression in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ})
 
 
-def precision_of(node: openvino.Node) -> str:
+def precision_of(node: "openvino.Node") -> str:
     """The precision that OpenVINO computes a node in."""
     return dict(node.get_rt_info().items())["runtimePrecision"].astype(str)
 

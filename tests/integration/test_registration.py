@@ -108,6 +108,8 @@ import anomalib.models
 from anomalib.models import DeCoDiff, get_model
 
 assert "diffusers" not in sys.modules, "importing Anomalib must not pay for diffusers"
+for module in ("torch_model", "weights", "export.writers", "evaluation", "benchmark"):
+    assert f"decodiff_anomalib.{module}" not in sys.modules, f"importing Anomalib must not pay for {module}"
 for model in ("DeCoDiff", "de_co_diff", {"class_path": "DeCoDiff"}, {"class_path": "anomalib.models.DeCoDiff"}):
     assert isinstance(get_model(model), DeCoDiff)
 """

@@ -25,7 +25,7 @@ from decodiff_anomalib.weights import (
     official_key,
     to_official_state,
 )
-from decodiff_anomalib.weights.config import empty_denoiser
+from decodiff_anomalib.weights.denoiser_config import empty_denoiser
 from decodiff_anomalib.weights.official import recognise_size
 
 Comparison = tuple[str, float, float]

@@ -14,8 +14,15 @@ from anomalib.data.utils.split import ValSplitMode
 from lightning.pytorch import LightningModule
 from PIL import Image
 
-from decodiff_anomalib import callbacks as module
-from decodiff_anomalib.callbacks import HoldOutNormals, ImageFiles, LoaderLimits, TrainingDuration, WeightAveraging
+from decodiff_anomalib.callbacks import (
+    HoldOutNormals,
+    ImageFiles,
+    LoaderLimits,
+    TrainingDuration,
+    WeightAveraging,
+    hold_out_normals,
+    training_duration,
+)
 
 
 class Datamodule:
@@ -52,7 +59,7 @@ def test_loaders_are_limited_for_the_fit_and_restored(monkeypatch: pytest.Monkey
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anomalib's split, on lists."""
     monkeypatch.setattr(
-        module,
+        hold_out_normals,
         "random_split",
         lambda data, share, seed: (data[round(len(data) * share) :], data[: round(len(data) * share)]),
     )
@@ -142,7 +149,7 @@ def test_the_last_step_ends_with_a_validation() -> None:
 
 def test_the_minutes_left_are_logged_at_the_present_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 160.0, 220.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(training_duration.time, "monotonic", lambda: next(times))
     logged: list[float] = []
     model = SimpleNamespace(log=lambda name, value, **_: logged.append(value))
     duration = TrainingDuration(12)

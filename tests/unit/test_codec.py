@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from decodiff_anomalib.codec import build_codec
-from decodiff_anomalib.codec.patch import WEIGHTS, PatchCodec
+from decodiff_anomalib.codec.linear import WEIGHTS, PatchCodec
 from decodiff_anomalib.codec.train import read_photographs, reconstruction_psnr
 
 TINY_KL = {

@@ -38,7 +38,7 @@ EXCEPTIONS = {"discrepancy": {"anomalib.models.components.filters"}}
 """Anomalib's Gaussian blur is a plain torch module, and better kept than one of our own."""
 
 LAYERS = (
-    METHOD | {"files", "plugin"},
+    METHOD | {"atomic_write", "plugin"},
     {"presets", "settings", "weights"},
     {"torch_model"},
     {"checkpoint", "data", "evaluation", "export", "post_processor", "visualizer", "callbacks"},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decodiff_anomalib.export.images import drawn_images
+from decodiff_anomalib.export.sample_images import drawn_images
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 90)])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from decodiff_anomalib.data.normals import IMAGES, IMAGES_OF_CATEGORY, collect_normal_images
+from decodiff_anomalib.data.normal_images import IMAGES, IMAGES_OF_CATEGORY, collect_normal_images
 
 
 def batches(categories: list[int], read: list[int], labels: list[int] | None = None) -> Iterator[SimpleNamespace]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from decodiff_anomalib.files import atomic_write
+from decodiff_anomalib.atomic_write import atomic_write
 
 
 def test_a_file_appears_whole_with_its_folders(tmp_path: Path) -> None:

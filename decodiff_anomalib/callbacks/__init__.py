@@ -1,0 +1,9 @@
+"""What DeCoDiff adds to a training, each as a callback of Lightning."""
+
+from decodiff_anomalib.callbacks.hold_out_normals import HoldOutNormals
+from decodiff_anomalib.callbacks.image_files import ImageFiles
+from decodiff_anomalib.callbacks.loader_limits import LoaderLimits
+from decodiff_anomalib.callbacks.training_duration import TrainingDuration
+from decodiff_anomalib.callbacks.weight_averaging import WeightAveraging
+
+__all__ = ["HoldOutNormals", "ImageFiles", "LoaderLimits", "TrainingDuration", "WeightAveraging"]
