@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from decodiff_anomalib.presets import given_overrides
-from decodiff_anomalib.settings import Settings
+from decodiff_anomalib.settings import NONE, Settings
 
 KEY = "decodiff"
 FROZEN = ("model.codec.", "model.features.", "model.feature_latents.", "model.memory_banks.", "model.exemplars.")
 """Parts that training does not change."""
+
+CHOSEN_ANEW = {("maps", "levels"), ("correction", "num_steps")}
+"""Settings beside those of training that a checkpoint can be loaded with."""
 
 Checkpoint = dict[str, Any]
 
@@ -90,32 +92,40 @@ def check_categories(saved: Mapping[str, Any], training: tuple[str, ...]) -> Non
         raise ValueError(msg)
 
 
-def loaded_settings(saved: Mapping[str, Any], overrides: object, num_steps: int | None) -> Settings:
-    """The settings of a checkpoint with those that can be chosen anew: the fused levels and the number of steps.
+def loaded_settings(saved: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """The settings of a checkpoint with those that can be chosen anew.
+
+    These are the fused levels, the number of correction steps if all timesteps were trained, and how training goes on.
 
     Args:
         saved: The identity in the checkpoint.
-        overrides: The ``settings`` given to the model.
-        num_steps: The correction steps given to the model.
+        given: The settings given to the model, see :func:`decodiff_anomalib.presets.merge_overrides`.
 
     Raises:
-        ValueError: If the denoiser was not trained for the steps that are asked for.
+        ValueError: If another one differs from the checkpoint's; names it.
     """
     settings = Settings.from_dict(saved["settings"])
-    chosen = given_overrides(overrides)
-    levels = chosen.get("maps", {}).get("levels", settings.maps.levels)
-    settings = replace(settings, maps=replace(settings.maps, levels=levels))
-    num_steps = chosen.get("correction", {}).get("num_steps") if num_steps is None else num_steps
-    if num_steps is None or num_steps == settings.correction.num_steps:
-        return settings
-    if settings.corruption.timesteps == "used":
-        msg = (
-            f"The checkpoint was trained for num_steps={settings.correction.num_steps} and no other "
-            f"(settings.corruption.timesteps='used'), not {num_steps}. Leave --model.num_steps out, or train with "
-            "--model.settings.corruption.timesteps all."
-        )
-        raise ValueError(msg)
-    return replace(settings, correction=replace(settings.correction, num_steps=num_steps))
+    for group, values in given.items():
+        for name, given_value in values.items():
+            value = None if given_value == NONE else given_value
+            trained = getattr(getattr(settings, group), name)
+            if value == trained or (group, name) == ("latents", "codec"):  # whose weights are in the checkpoint
+                continue
+            if (group, name) == ("correction", "num_steps") and settings.corruption.timesteps == "used":
+                msg = (
+                    f"The checkpoint was trained for num_steps={trained} and no other "
+                    f"(settings.corruption.timesteps='used'), not {value}. Leave --model.num_steps out, or train with "
+                    "--model.settings.corruption.timesteps all."
+                )
+                raise ValueError(msg)
+            if group != "training" and (group, name) not in CHOSEN_ANEW:
+                msg = (
+                    f"The checkpoint was trained with settings.{group}.{name}={trained!r}, the model is to have "
+                    f"{value!r}. Leave it out, or train anew."
+                )
+                raise ValueError(msg)
+            settings = replace(settings, **{group: replace(getattr(settings, group), **{name: value})})
+    return settings
 
 
 def reset_thresholds(checkpoint: Checkpoint) -> None:

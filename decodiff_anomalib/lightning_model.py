@@ -39,7 +39,7 @@ from decodiff_anomalib.export.mixin import ExportMixin
 from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.precision import computes_bfloat16
-from decodiff_anomalib.presets import SettingsOverrides, given_overrides, resolve
+from decodiff_anomalib.presets import SHORTCUTS, SettingsOverrides, given_overrides, merge_overrides, resolve
 from decodiff_anomalib.visualizer import DeCoDiffVisualizer
 
 if TYPE_CHECKING:
@@ -473,7 +473,7 @@ class DeCoDiff(ExportMixin, AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the model that was saved, whatever arguments this one was given.
 
-        Only ``category`` can be chosen anew, ``num_steps`` where all timesteps were trained, and the fused levels.
+        Only ``category`` and what :func:`decodiff_anomalib.checkpoint.loaded_settings` names can be chosen anew.
         Thresholds are of the levels they were set with: with others, scores are raw and nothing is labelled.
 
         Raises:
@@ -488,7 +488,9 @@ class DeCoDiff(ExportMixin, AnomalibModule):
         if training:
             checkpoints.check_categories(saved, self.categories)
         checkpoints.replace_metrics(checkpoint, self.state_dict())
-        self.settings = checkpoints.loaded_settings(saved, self.hparams["settings"], self.hparams["num_steps"])
+        given = merge_overrides(self.hparams["settings"], {name: self.hparams[name] for name in SHORTCUTS})
+        self.settings = checkpoints.loaded_settings(saved, given)
+        self._duration.steps = self.settings.training.steps
         if self.settings.maps.levels != saved["settings"]["maps"]["levels"]:
             checkpoints.reset_thresholds(checkpoint)
         if {**requested, "settings": None} != {**saved, "settings": None}:

@@ -136,13 +136,35 @@ def given_overrides(overrides: object) -> dict[str, dict[str, Any]]:
     return given
 
 
+def merge_overrides(overrides: object, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings that were given, as overrides or as arguments, by group.
+
+    Args:
+        overrides: A ``SettingsOverrides`` or nested mappings, see :func:`given_overrides`.
+        arguments: Values of :data:`SHORTCUTS`, ``None`` where they were not given.
+
+    Raises:
+        ValueError: If a name is unknown, or an argument and an override contradict each other.
+    """
+    merged = given_overrides(overrides)
+    for argument, value in arguments.items():
+        if value is None:
+            continue
+        group, name = SHORTCUTS[argument]
+        other = merged.setdefault(group, {}).setdefault(name, value)
+        if other != value:
+            msg = f"{argument}={value!r} and settings.{group}.{name}={other!r} contradict each other; give one of them."
+            raise ValueError(msg)
+    return merged
+
+
 def resolve(preset: str, overrides: object = None, arguments: Mapping[str, Any] | None = None) -> Settings:
-    """The settings of a preset with what was given instead.
+    """The settings of a preset with what was given instead; arguments as :func:`merge_overrides`.
 
     Args:
         preset: A key of :data:`PRESETS`.
-        overrides: A ``SettingsOverrides`` or nested mappings, see :func:`given_overrides`.
-        arguments: Values of :data:`SHORTCUTS`, ``None`` where they were not given.
+        overrides: See there.
+        arguments: See there.
 
     Raises:
         ValueError: If a word is unknown, a number is out of range, or an argument and an override contradict.
@@ -150,16 +172,7 @@ def resolve(preset: str, overrides: object = None, arguments: Mapping[str, Any] 
     if preset not in PRESETS:
         msg = f"preset={preset!r} is unknown; valid: {', '.join(PRESETS)}."
         raise ValueError(msg)
-    chosen = given_overrides(overrides)
-    for argument, value in (arguments or {}).items():
-        if value is None:
-            continue
-        group, name = SHORTCUTS[argument]
-        other = chosen.setdefault(group, {}).setdefault(name, value)
-        if other != value:
-            msg = f"{argument}={value!r} and settings.{group}.{name}={other!r} contradict each other; give one of them."
-            raise ValueError(msg)
-    base = PRESETS[preset]
+    chosen, base = merge_overrides(overrides, arguments or {}), PRESETS[preset]
     if chosen.get("latents", {}).get("backbone") == NONE and "levels" not in chosen.get("maps", {}):
         levels = {name: weight for name, weight in base.maps.levels.items() if name not in base.magnifications}
         chosen.setdefault("maps", {})["levels"] = levels

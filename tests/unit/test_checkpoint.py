@@ -1,6 +1,7 @@
 """What checkpoints state and refuse, on plain dictionaries."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,20 +43,42 @@ def test_training_resumes_with_the_same_categories_in_the_same_order() -> None:
         checkpoints.check_categories(saved(), ("bolt", "felt"))
 
 
-def test_levels_and_steps_can_be_chosen_anew_and_nothing_else() -> None:
-    overrides = {"maps": {"levels": {"feature": 1.0}, "pixel_sigma": 9}, "training": {"steps": 1}}
-    chosen = checkpoints.loaded_settings(saved(), overrides, num_steps=None)
-    assert chosen.maps.levels == {"feature": 1.0}
-    assert chosen.maps.pixel_sigma == PRESETS["balanced"].maps.pixel_sigma
-    assert chosen.training == PRESETS["balanced"].training
-    assert checkpoints.loaded_settings(saved("paper"), {}, num_steps=10).correction.num_steps == 10
-    assert checkpoints.loaded_settings(saved("paper"), {"correction": {"num_steps": 2}}, None).correction.num_steps == 2
+def test_levels_steps_and_the_training_can_be_chosen_anew() -> None:
+    given = {"maps": {"levels": {"feature": 1.0}}, "training": {"learning_rate": 0.0, "steps": 9}}
+    chosen, before = checkpoints.loaded_settings(saved(), given), PRESETS["balanced"]
+    assert chosen.maps == replace(before.maps, levels={"feature": 1.0})
+    assert chosen.training == replace(before.training, learning_rate=0.0, steps=9)
+    assert (chosen.latents, chosen.correction, chosen.corruption) == (
+        before.latents,
+        before.correction,
+        before.corruption,
+    )
+    assert checkpoints.loaded_settings(saved("paper"), {"correction": {"num_steps": 10}}).correction.num_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"maps": {"pixel_sigma": 9}}, r"trained with settings\.maps\.pixel_sigma=3\.0, the model is to have 9"),
+        ({"corruption": {"kind": "patches"}}, r"settings\.corruption\.kind='defects', the model is to have 'patches'"),
+        ({"latents": {"backbone": "none"}}, r"backbone='tf_efficientnet_lite0', the model is to have None"),
+        ({"correction": {"exemplars": 0}}, r"settings\.correction\.exemplars=12, the model is to have 0"),
+    ],
+)
+def test_what_would_be_another_model_is_refused_by_name(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checkpoints.loaded_settings(saved(), given)
+
+
+def test_settings_that_agree_are_accepted() -> None:
+    given = {"maps": {"pixel_clip": "none", "pixel_sigma": 3}, "latents": {"codec": "moved.safetensors", "scale": True}}
+    assert checkpoints.loaded_settings(saved(), given) == PRESETS["balanced"]
 
 
 def test_steps_that_were_not_trained_are_refused() -> None:
-    assert checkpoints.loaded_settings(saved(), {}, num_steps=1) == PRESETS["balanced"]
+    assert checkpoints.loaded_settings(saved(), {"correction": {"num_steps": 1}}) == PRESETS["balanced"]
     with pytest.raises(ValueError, match=r"trained for num_steps=1 and no other .*, not 5"):
-        checkpoints.loaded_settings(saved(), {}, num_steps=5)
+        checkpoints.loaded_settings(saved(), {"correction": {"num_steps": 5}})
 
 
 def test_thresholds_are_reset_wherever_they_are_stored() -> None:

@@ -99,6 +99,10 @@ def test_an_argument_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) 
         ({"denoiser": "tiny"}, r"trained with denoiser='nano', the model is to have 'tiny'"),
         ({"image_size": 96}, r"trained with image_size=\[64, 64\], the model is to have \[96, 96\]"),
         ({"num_steps": 5}, r"trained for num_steps=1 and no other"),
+        (
+            {"settings": {"maps": {"latent_sigma": 1.0}}},
+            r"trained with settings\.maps\.latent_sigma=0\.0, .* have 1\.0",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             DeCoDiff.load_from_checkpoint(path, **arguments)
@@ -113,3 +117,12 @@ def test_loading_leaves_the_constructor_as_it_was(tmp_path: Path) -> None:
         DeCoDiff.load_from_checkpoint(tmp_path / "other.ckpt")
     assert module._builds_model.get()
     assert isinstance(DeCoDiff(image_size=64).model, DeCoDiffModel)
+
+
+def test_training_goes_on_as_the_arguments_say(tmp_path: Path) -> None:
+    path = save(DeCoDiff(image_size=64, preset="fast"), tmp_path / "model.ckpt")
+    same = DeCoDiff.load_from_checkpoint(path)
+    assert (same.settings.training.steps, same._duration.steps) == (200, 200)
+    longer = DeCoDiff.load_from_checkpoint(path, train_steps=900, learning_rate=1e-5)
+    assert (longer.settings.training.steps, longer._duration.steps) == (900, 900)
+    assert longer.settings.training.learning_rate == 1e-5
