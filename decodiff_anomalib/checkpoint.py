@@ -4,14 +4,30 @@ Checkpoints are dictionaries that ``torch.load(..., weights_only=True)`` reads. 
 identity of the model, from which it is rebuilt before the weights are loaded.
 """
 
+from __future__ import annotations
+
+import inspect
+import logging
 import math
-from collections.abc import Collection, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 
+from decodiff_anomalib.conditioning import fixed_category_index
+from decodiff_anomalib.presets import SHORTCUTS, merge_overrides
 from decodiff_anomalib.settings import NONE, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from decodiff_anomalib.callbacks import TrainingDuration
+    from decodiff_anomalib.torch_model import DeCoDiffModel
+
+logger = logging.getLogger(__name__)
 
 KEY = "decodiff"
 FROZEN = ("model.codec.", "model.features.", "model.feature_latents.", "model.memory_banks.", "model.exemplars.")
@@ -149,3 +165,96 @@ def share_frozen(checkpoint: Checkpoint) -> None:
     for name in unaveraged:
         if name.startswith(FROZEN):
             unaveraged[name] = checkpoint["state_dict"][name]
+
+
+# ---------------------------------------------------------------- the hooks of Lightning
+
+
+_BUILDS_MODEL = ContextVar("builds_model", default=True)
+
+
+def builds_model() -> bool:
+    """Whether a constructor builds its torch model; while a checkpoint is loaded, the checkpoint does."""
+    return _BUILDS_MODEL.get()
+
+
+class CheckpointMixin(LightningModule):
+    """Saving and loading of :class:`decodiff_anomalib.DeCoDiff`, which has these attributes."""
+
+    settings: Settings
+    categories: tuple[str, ...]
+    category: str
+    model: DeCoDiffModel
+    _duration: TrainingDuration
+    _image_size: tuple[int, int]
+    _source_categories: tuple[str, ...] | None
+    _build_model: Callable[..., DeCoDiffModel]
+
+    @classmethod
+    def load_from_checkpoint(cls, *args, **kwargs) -> Any:
+        """As in Anomalib; the torch model is built once, as the checkpoint states it."""
+        token = _BUILDS_MODEL.set(False)
+        try:
+            return super().load_from_checkpoint(*args, **kwargs)
+        finally:
+            _BUILDS_MODEL.reset(token)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what rebuilds the model, so that a checkpoint alone restores it."""
+        super().on_save_checkpoint(checkpoint)
+        # The weights are in the checkpoint, and what rebuilds the network is in its identity.
+        checkpoint["hyper_parameters"] |= {"codec": None, "weights": None, "init_from": None}
+        checkpoint[KEY] = self._identity(self.model.codec.spec)
+        share_frozen(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the model that was saved, whatever arguments this one was given.
+
+        Only ``category`` and what :func:`loaded_settings` names can be chosen anew.
+        Thresholds are of the levels they were set with: with others, scores are raw and nothing is labelled.
+
+        Raises:
+            ValueError: If the checkpoint is another model's, contradicts an argument that was given, or training is to
+                be resumed with other categories.
+        """
+        super().on_load_checkpoint(checkpoint)
+        saved = saved_identity(checkpoint)
+        requested = self._identity(self._codec_spec())
+        check_arguments(saved, requested, self._given_arguments())
+        training = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if training:
+            check_categories(saved, self.categories)
+        replace_metrics(checkpoint, self.state_dict())
+        given = merge_overrides(self.hparams["settings"], {name: self.hparams[name] for name in SHORTCUTS})
+        self.settings = loaded_settings(saved, given)
+        self._duration.steps = self.settings.training.steps
+        if self.settings.maps.levels != saved["settings"]["maps"]["levels"]:
+            reset_thresholds(checkpoint)
+        if {**requested, "settings": None} != {**saved, "settings": None}:
+            logger.info("The checkpoint was trained with %s; following it.", saved)
+        self._image_size = tuple(saved["image_size"])
+        self.categories = self._source_categories = tuple(saved["categories"])
+        before: DeCoDiffModel | None = getattr(self, "model", None)
+        codec = before.codec if before is not None and before.codec.spec == saved["codec"] else saved["codec"]
+        self.model = self._build_model(codec, before).to(self.device)
+        self.model.fixed_category = fixed_category_index(self.category, self.categories)
+        if self._trainer is not None and self.trainer.datamodule is not None:
+            # It was set up for the size of the model before, to which its images would be resized first.
+            self.trainer.datamodule.setup(self.trainer.state.fn)
+
+    def _identity(self, codec: str | dict[str, Any] | None) -> dict[str, Any]:
+        return identity(self.settings, self._image_size, codec, self.categories)
+
+    def _codec_spec(self) -> str | dict[str, Any] | None:
+        """The spec of the codec that the arguments ask for; ``None`` if they ask for none."""
+        if builds_model():
+            return self.model.codec.spec
+        from decodiff_anomalib.codec import build_codec
+
+        codec = self.hparams["codec"]
+        return codec if codec is None or isinstance(codec, dict) else build_codec(codec).spec
+
+    def _given_arguments(self) -> set[str]:
+        """Names of the constructor's arguments that differ from their defaults."""
+        parameters = inspect.signature(type(self).__init__).parameters
+        return {name for name, value in self.hparams.items() if value != parameters[name].default}

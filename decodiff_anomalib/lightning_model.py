@@ -1,10 +1,8 @@
 """DeCoDiff as an Anomalib model: its constructor, components, training and inference steps."""
 
-import inspect
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +20,8 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from torchvision.transforms.v2.functional import center_crop
 
-from decodiff_anomalib import checkpoint as checkpoints
 from decodiff_anomalib.callbacks import HoldOutNormals, ImageFiles, LoaderLimits, TrainingDuration, WeightAveraging
+from decodiff_anomalib.checkpoint import CheckpointMixin, builds_model
 from decodiff_anomalib.conditioning import (
     GIVEN,
     INFERRED,
@@ -36,10 +34,11 @@ from decodiff_anomalib.conditioning import (
 from decodiff_anomalib.data.images import check_folders
 from decodiff_anomalib.data.normal_images import collect_normal_images
 from decodiff_anomalib.export.mixin import ExportMixin
+from decodiff_anomalib.learning_rate import cosine_learning_rate_factor
 from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.precision import computes_bfloat16
-from decodiff_anomalib.presets import SHORTCUTS, SettingsOverrides, given_overrides, merge_overrides, resolve
+from decodiff_anomalib.presets import SettingsOverrides, given_overrides, resolve
 from decodiff_anomalib.visualizer import DeCoDiffVisualizer
 
 if TYPE_CHECKING:
@@ -48,13 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FINAL_LEARNING_RATE = 0.02  # of the peak
 
-_builds_model = ContextVar("builds_model", default=True)
-"""Whether the constructor builds the torch model; a checkpoint that is loaded does so itself."""
-
-
-class DeCoDiff(ExportMixin, AnomalibModule):
+class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
     """DeCo-Diff: corrects deviations from normality in latent space (CVPR 2025).
 
     One model serves all categories of its datamodule, see :class:`decodiff_anomalib.data.MultiCategory`. It is given
@@ -139,7 +133,7 @@ class DeCoDiff(ExportMixin, AnomalibModule):
             raise ValueError(msg)
         source = config = None
         pretrained = weights or init_from
-        if pretrained and _builds_model.get():
+        if pretrained and builds_model():
             from decodiff_anomalib.weights import load_pretrained
 
             source, config = load_pretrained(pretrained)
@@ -167,7 +161,7 @@ class DeCoDiff(ExportMixin, AnomalibModule):
             self.categories = config.categories or tuple(str(row) for row in range(config.num_categories))
         self._image_files = ImageFiles()
         self._duration = TrainingDuration(self.settings.training.steps)
-        if _builds_model.get():
+        if builds_model():
             self.model = self._build_model(self.settings.latents.codec)
         if source:
             from decodiff_anomalib.weights import transfer
@@ -387,10 +381,7 @@ class DeCoDiff(ExportMixin, AnomalibModule):
         total_steps = self._duration.total_steps(self.trainer)
 
         def by_steps(step: int) -> float:
-            warm_up = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-            progress = min(1.0, step / max(1, total_steps))  # 0 where the end is not known: a constant rate
-            cosine = (1 + math.cos(math.pi * progress)) / 2
-            return warm_up * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
+            return cosine_learning_rate_factor(step, total_steps, settings.warmup_steps)
 
         def by_epochs(epoch: int) -> float:
             steps = self._duration.steps_per_epoch(self.trainer)
@@ -450,77 +441,6 @@ class DeCoDiff(ExportMixin, AnomalibModule):
         batch.pred_category = [names[index] for index in outputs.category_index.tolist()]
         batch.correction = outputs.correction / 2 + 0.5  # in [0, 1], as images are
         return batch
-
-    # ---------------------------------------------------------------- checkpoints
-
-    @classmethod
-    def load_from_checkpoint(cls, *args, **kwargs) -> "DeCoDiff":
-        """As in Anomalib; the torch model is built once, as the checkpoint states it."""
-        token = _builds_model.set(False)
-        try:
-            return super().load_from_checkpoint(*args, **kwargs)
-        finally:
-            _builds_model.reset(token)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what rebuilds the model, so that a checkpoint alone restores it."""
-        super().on_save_checkpoint(checkpoint)
-        # The weights are in the checkpoint, and what rebuilds the network is in its identity.
-        checkpoint["hyper_parameters"] |= {"codec": None, "weights": None, "init_from": None}
-        checkpoint[checkpoints.KEY] = self._identity(self.model.codec.spec)
-        checkpoints.share_frozen(checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the model that was saved, whatever arguments this one was given.
-
-        Only ``category`` and what :func:`decodiff_anomalib.checkpoint.loaded_settings` names can be chosen anew.
-        Thresholds are of the levels they were set with: with others, scores are raw and nothing is labelled.
-
-        Raises:
-            ValueError: If the checkpoint is another model's, contradicts an argument that was given, or training is to
-                be resumed with other categories.
-        """
-        super().on_load_checkpoint(checkpoint)
-        saved = checkpoints.saved_identity(checkpoint)
-        requested = self._identity(self._codec_spec())
-        checkpoints.check_arguments(saved, requested, self._given_arguments())
-        training = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if training:
-            checkpoints.check_categories(saved, self.categories)
-        checkpoints.replace_metrics(checkpoint, self.state_dict())
-        given = merge_overrides(self.hparams["settings"], {name: self.hparams[name] for name in SHORTCUTS})
-        self.settings = checkpoints.loaded_settings(saved, given)
-        self._duration.steps = self.settings.training.steps
-        if self.settings.maps.levels != saved["settings"]["maps"]["levels"]:
-            checkpoints.reset_thresholds(checkpoint)
-        if {**requested, "settings": None} != {**saved, "settings": None}:
-            logger.info("The checkpoint was trained with %s; following it.", saved)
-        self._image_size = _as_size(saved["image_size"])
-        self.categories = self._source_categories = tuple(saved["categories"])
-        before: DeCoDiffModel | None = getattr(self, "model", None)
-        codec = before.codec if before is not None and before.codec.spec == saved["codec"] else saved["codec"]
-        self.model = self._build_model(codec, before).to(self.device)
-        self.model.fixed_category = fixed_category_index(self.category, self.categories)
-        if self._trainer is not None and self.trainer.datamodule is not None:
-            # It was set up for the size of the model before, to which its images would be resized first.
-            self.trainer.datamodule.setup(self.trainer.state.fn)
-
-    def _identity(self, codec: str | dict[str, Any] | None) -> dict[str, Any]:
-        return checkpoints.identity(self.settings, self._image_size, codec, self.categories)
-
-    def _codec_spec(self) -> str | dict[str, Any] | None:
-        """The spec of the codec that the arguments ask for; ``None`` if they ask for none."""
-        if _builds_model.get():
-            return self.model.codec.spec
-        from decodiff_anomalib.codec import build_codec
-
-        codec = self.hparams["codec"]
-        return codec if codec is None or isinstance(codec, dict) else build_codec(codec).spec
-
-    def _given_arguments(self) -> set[str]:
-        """Names of the constructor's arguments that differ from their defaults."""
-        parameters = inspect.signature(DeCoDiff.__init__).parameters
-        return {name for name, value in self.hparams.items() if value != parameters[name].default}
 
 
 def _as_size(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ METHOD = {
     "discrepancy",
     "exemplars",
     "features",
+    "learning_rate",
     "paper",
     "precision",
     "schedule",

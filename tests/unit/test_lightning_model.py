@@ -7,7 +7,7 @@ import timm
 import torch
 
 from decodiff_anomalib import DeCoDiff
-from decodiff_anomalib import lightning_model as module
+from decodiff_anomalib.checkpoint import builds_model
 from decodiff_anomalib.torch_model import DeCoDiffModel
 
 
@@ -115,7 +115,7 @@ def test_loading_leaves_the_constructor_as_it_was(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="The checkpoint is not DeCoDiff's"):
         DeCoDiff.load_from_checkpoint(tmp_path / "other.ckpt")
-    assert module._builds_model.get()
+    assert builds_model()
     assert isinstance(DeCoDiff(image_size=64).model, DeCoDiffModel)
 
 
