@@ -136,12 +136,12 @@ def test_checkpoint_brings_the_published_images_and_categories(run: Path, root: 
     assert model.post_processor.image_threshold > 0
 
 
-def test_run_ends_with_figures_and_pictures(run: Path) -> None:
+def test_run_ends_with_metrics_and_pictures(run: Path) -> None:
     table = pd.read_csv(next(run.rglob("categories.csv")), index_col=0)
     assert set(table.index) == {*STAND_INS, "mean", "worst"}
     assert table.loc[list(STAND_INS), ["normal", "defective"]].to_numpy().tolist() == [[1, 1], [1, 1]]
-    figures = table.loc["mean", ["image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro"]]
-    assert figures.between(0, 1).all()
+    metrics = table.loc["mean", ["image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro"]]
+    assert metrics.between(0, 1).all()
     assert len(list(run.rglob("images/*/test/*/*.png"))) == 4
 
 
@@ -151,9 +151,9 @@ def test_checkpoint_is_measured_by_both_protocols(run: Path, root: Path) -> None
     table = reproduce("mvtec", data=root, weights=checkpoint, categories=list(STAND_INS))
     reported = pd.read_csv(next(run.rglob("categories.csv")), index_col=0)
     for category in STAND_INS:
-        ours = table.loc[(category, "anomalib")]
-        for figure in ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro"):
-            assert ours[figure] == pytest.approx(reported.loc[category, figure], abs=1e-6), (category, figure)
+        measured = table.loc[(category, "anomalib")]
+        for metric in ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro"):
+            assert measured[metric] == pytest.approx(reported.loc[category, metric], abs=1e-6), (category, metric)
 
 
 @pytest.mark.parametrize(("names", "rows"), [(["tile"], [*range(15)]), (["felt", "tile"], [None, 5])])
@@ -175,11 +175,11 @@ def test_categories_keep_the_row_of_their_name(names: list[str], rows: list[int 
     )
     data = MultiCategory(tmp_path / "data", names, train_batch_size=4, num_workers=0, val_split_ratio=0.2)
     Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, max_epochs=1).fit(model, datamodule=data)
-    ours, theirs = model.model.denoiser.category_embedding.weight, source.category_embedding.weight
-    assert len(ours) == len(rows)
-    for row, of_source in zip(ours, rows, strict=True):
-        found = [index for index, known in enumerate(theirs) if torch.equal(row, known)]
-        assert found == ([] if of_source is None else [of_source])
+    trained, of_source = model.model.denoiser.category_embedding.weight, source.category_embedding.weight
+    assert len(trained) == len(rows)
+    for row, expected in zip(trained, rows, strict=True):
+        found = [index for index, known in enumerate(of_source) if torch.equal(row, known)]
+        assert found == ([] if expected is None else [expected])
 
 
 @pytest.mark.parametrize("dataset", ["mvtec", "visa"])

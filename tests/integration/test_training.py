@@ -163,8 +163,8 @@ def test_categories_without_masks(gravel: Path, tmp_path: Path) -> None:
     model = DeCoDiff(image_size=64, train_steps=2)
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
     engine.fit(model, datamodule=data)
-    (figures,) = engine.test(model, datamodule=data)
-    assert set(figures) == {"image_AUROC", "image_AUPR", "image_F1Max"}
+    (metrics,) = engine.test(model, datamodule=data)
+    assert set(metrics) == {"image_AUROC", "image_AUPR", "image_F1Max"}
 
 
 def test_too_few_images_to_hold_out(gravel: Path, tmp_path: Path) -> None:

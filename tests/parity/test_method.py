@@ -37,9 +37,9 @@ Comparison = tuple[str, float, float]
 FOLDERS = (Path(__file__).parent / "data", Path(__file__).parents[3] / "shared" / "parity")
 
 
-def difference(ours: torch.Tensor, theirs: np.ndarray) -> float:
+def difference(found: torch.Tensor, recorded: np.ndarray) -> float:
     """Largest absolute difference."""
-    return float((ours.double() - torch.as_tensor(theirs).double()).abs().max())
+    return float((found.double() - torch.as_tensor(recorded).double()).abs().max())
 
 
 def load(parity_dir: Path, name: str) -> dict[str, torch.Tensor]:
@@ -84,16 +84,16 @@ def compare_schedule(parity_dir: Path) -> Iterator[Comparison]:
             "sqrt_one_minus_alphas_cumprod": (1 - alphas).sqrt(),
             "deviation_coefficient": (1 - alphas.sqrt()) / (1 - alphas).sqrt(),
         }
-        for table, ours in tables.items():
-            yield f"schedule.json {name} {table}", difference(ours, np.array(values[table])), 1e-12
+        for table, found in tables.items():
+            yield f"schedule.json {name} {table}", difference(found, np.array(values[table])), 1e-12
         exact = {
             "sqrt_one_minus_alphas_cumprod_float32": schedule.scales[kept],
             "deviation_coefficient_float32": schedule.deviation_coefficients[kept],
             "timestep_map": kept,
             "unet_t_in_inference_order": schedule.timesteps,
         }
-        for table, ours in exact.items():
-            yield f"schedule.json {name} {table}", difference(ours, np.array(values[table])), 0
+        for table, found in exact.items():
+            yield f"schedule.json {name} {table}", difference(found, np.array(values[table])), 0
     for name, starts in recorded["start_t"].items():
         for start in starts:
             first = len(starts) - start["start_t"]
@@ -204,22 +204,22 @@ def compare_discrepancy(parity_dir: Path) -> Iterator[Comparison]:
         "latent_clipped": saturate(latent_raw, LATENT_CLIP),
         "latent_smoothed": gaussian_blur(saturate(latent_raw, LATENT_CLIP)[:, None], LATENT_SIGMA)[:, 0],
     }
-    for name, ours in stages.items():
-        yield f"anomaly_map.npz s64_{name}", difference(ours, recorded[f"s64_{name}"]), 1e-6
+    for name, found in stages.items():
+        yield f"anomaly_map.npz s64_{name}", difference(found, recorded[f"s64_{name}"]), 1e-6
     for sigma in (1, 3):
         impulse = torch.zeros(1, 1, 33, 33)
         impulse[..., 16, 16] = 1
-        ours = gaussian_blur(impulse, sigma)[0, 0]
+        found = gaussian_blur(impulse, sigma)[0, 0]
         yield (
             f"anomaly_map.npz impulse_gauss_sigma{sigma}",
-            difference(ours, recorded[f"impulse_gauss_sigma{sigma}"]),
+            difference(found, recorded[f"impulse_gauss_sigma{sigma}"]),
             1e-6,
         )
-        ours = gaussian_blur(recorded["edge_in"][None, None], sigma)[0, 0]
-        yield f"anomaly_map.npz edge_gauss_sigma{sigma}", difference(ours, recorded[f"edge_gauss_sigma{sigma}"]), 1e-6
+        found = gaussian_blur(recorded["edge_in"][None, None], sigma)[0, 0]
+        yield f"anomaly_map.npz edge_gauss_sigma{sigma}", difference(found, recorded[f"edge_gauss_sigma{sigma}"]), 1e-6
     for side in (64, 28):
-        ours = resize_mirrored(recorded["resize_in"][None, None], (side, side))[0, 0]
-        yield f"anomaly_map.npz resize_{side}", difference(ours, recorded[f"resize_{side}"]), 1e-6
+        found = resize_mirrored(recorded["resize_in"][None, None], (side, side))[0, 0]
+        yield f"anomaly_map.npz resize_{side}", difference(found, recorded[f"resize_{side}"]), 1e-6
 
 
 COMPARISONS = (compare_schedule, compare_forward, compare_corruption, compare_discrepancy)
@@ -264,8 +264,8 @@ def test_training_distribution(parity_dir: Path) -> None:
         table = dict(zip(patches, recorded["mask_patch_probabilities"][size], strict=True))
         possible = {p: share for p, share in table.items() if (int(size), p) not in stops}
         share = sum(possible.values())  # patches that do not divide the latents stop the authors' program
-        ours = patch_size_probabilities(int(size) // 8, int(size) // 8)
-        assert ours == pytest.approx({p: chance / share for p, chance in possible.items()})
+        found = patch_size_probabilities(int(size) // 8, int(size) // 8)
+        assert found == pytest.approx({p: chance / share for p, chance in possible.items()})
     assert recorded["mask_ratio"]["high"] == MAX_MASK_RATIO
     assert recorded["patch_shuffle_ratio"]["high"] == MAX_NOISE_RATIO
     assert DeviationSchedule().num_train_timesteps == recorded["t"]["high_exclusive"]

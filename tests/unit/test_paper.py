@@ -33,16 +33,16 @@ def photograph(mode: str = "RGB") -> Image.Image:
 def test_augmentation_and_pre_processor_give_the_published_image_to_the_bit(mode, shifted, turned) -> None:
     picture = photograph(mode)
     augmentation = PaperAugmentation(shift_probability=float(shifted), half_turn_probability=float(turned))
-    ours = paper_transform()(augmentation(read(picture)))
-    assert torch.equal(ours.as_subclass(torch.Tensor), prepare_image(picture, shifted=shifted, turned=turned))
+    result = paper_transform()(augmentation(read(picture)))
+    assert torch.equal(result.as_subclass(torch.Tensor), prepare_image(picture, shifted=shifted, turned=turned))
 
 
 def test_real_images_to_the_bit(data_dir: Path) -> None:
     augmentation = PaperAugmentation(shift_probability=0.0)
     for path in sorted(data_dir.glob("*/test/*/000.*")):
         with Image.open(path) as picture:
-            ours = paper_transform()(augmentation(read(picture))).as_subclass(torch.Tensor)
-            assert torch.equal(ours, prepare_image(picture)), path
+            result = paper_transform()(augmentation(read(picture))).as_subclass(torch.Tensor)
+            assert torch.equal(result, prepare_image(picture)), path
 
 
 def test_masks_follow_as_anomalib_resizes_them() -> None:
