@@ -37,6 +37,7 @@ class TrainingDuration(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the steps; validate a few times rather than every epoch, unless told when to."""
         del pl_module
+        self._began = None
         if self.is_left_to_the_model(trainer):
             trainer.fit_loop.max_epochs = math.ceil(self.steps / self.steps_per_epoch(trainer))
             trainer.fit_loop.epoch_loop.max_steps = self.steps

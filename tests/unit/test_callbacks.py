@@ -148,7 +148,7 @@ def test_the_last_step_ends_with_a_validation() -> None:
 
 
 def test_the_minutes_left_are_logged_at_the_present_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([100.0, 160.0, 220.0])
+    times = iter([100.0, 160.0, 220.0, 500.0, 530.0])
     monkeypatch.setattr(training_duration.time, "monotonic", lambda: next(times))
     logged: list[float] = []
     model = SimpleNamespace(log=lambda name, value, **_: logged.append(value))
@@ -159,6 +159,10 @@ def test_the_minutes_left_are_logged_at_the_present_pace(monkeypatch: pytest.Mon
     endless = duration_trainer(max_epochs=7, global_step=4, estimated_stepping_batches=math.inf)
     duration.on_train_batch_start(endless, model, None, 0)
     assert len(logged) == 1
+    duration.on_train_start(duration_trainer(), model)  # of another fit
+    for step in (0, 1):
+        duration.on_train_batch_start(duration_trainer(global_step=step), model, None, 0)
+    assert logged[1:] == [pytest.approx(5.5)]
 
 
 def test_averaging_swaps_weights_back_and_keeps_what_validation_measured() -> None:
