@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.conditioning import UNKNOWN
 from decodiff_anomalib.data.images import image_paths
 
@@ -59,8 +60,8 @@ class DeCoDiffVisualizer(ImageVisualizer):
                 picture = _beside(picture, self._panel(corrections[index], title))
             path = Path(item.image_path)
             target = output_dir / (path.relative_to(common) if path.is_relative_to(common) else path.name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(target.with_suffix(".png"))
+            with atomic_write(target.with_suffix(".png")) as staged:
+                picture.save(staged)
 
     def _panel(self, correction: torch.Tensor, title: str) -> Image.Image:
         """The correction ``(3, H, W)`` in [0, 1] as a panel of the picture."""

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.codec.interface import Codec
 
 BUNDLED = "bundled"
@@ -62,7 +63,8 @@ class PatchCodec(Codec):
     def save(self, path: Path) -> None:
         """Store as safetensors, the number of channels in the header."""
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, metadata={"config": json.dumps({"latent_channels": self.latent_channels})})
+        with atomic_write(path) as staged:
+            save_file(tensors, staged, metadata={"config": json.dumps({"latent_channels": self.latent_channels})})
 
     @classmethod
     def load(cls, path: Path = WEIGHTS) -> "PatchCodec":
