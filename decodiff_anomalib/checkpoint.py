@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from decodiff_anomalib.conditioning import fixed_category_index
 from decodiff_anomalib.presets import SHORTCUTS, merge_overrides
 from decodiff_anomalib.settings import NONE, Settings
 
@@ -183,12 +182,12 @@ class CheckpointMixin(LightningModule):
 
     settings: Settings
     categories: tuple[str, ...]
-    category: str
     model: DeCoDiffModel
     _duration: TrainingDuration
     _image_size: tuple[int, int]
     _source_categories: tuple[str, ...] | None
     _build_model: Callable[..., DeCoDiffModel]
+    _fix_category: Callable[[], None]
 
     @classmethod
     def load_from_checkpoint(cls, *args, **kwargs) -> Any:
@@ -237,7 +236,7 @@ class CheckpointMixin(LightningModule):
         before: DeCoDiffModel | None = getattr(self, "model", None)
         codec = before.codec if before is not None and before.codec.spec == saved["codec"] else saved["codec"]
         self.model = self._build_model(codec, before).to(self.device)
-        self.model.fixed_category = fixed_category_index(self.category, self.categories)
+        self._fix_category()
         if self._trainer is not None and self.trainer.datamodule is not None:
             # It was set up for the size of the model before, to which its images would be resized first.
             self.trainer.datamodule.setup(self.trainer.state.fn)

@@ -158,42 +158,35 @@ class FoldedDenoiser(nn.Module):
         return unet(latents, timesteps, encoder_hidden_states=category, class_labels=category, return_dict=False)[0]
 
 
-class _Constant(nn.Module):
-    """Replaces a module whose output is constant."""
+class _Precomputed(nn.Module):
+    """Holds the output of the module that it replaces."""
 
     def __init__(self, output: torch.Tensor) -> None:
         super().__init__()
         self.output: torch.Tensor
         self.register_buffer("output", output)
+
+
+class _Constant(_Precomputed):
+    """Replaces a module whose output is constant."""
 
     def forward(self, *_: torch.Tensor | None) -> torch.Tensor:
         return self.output
 
 
-class _ConstantOfCategory(nn.Module):
+class _ConstantOfCategory(_Precomputed):
     """Replaces a module whose output depends on the category alone, which is passed as its input; a row for each."""
-
-    def __init__(self, output: torch.Tensor) -> None:
-        super().__init__()
-        self.output: torch.Tensor
-        self.register_buffer("output", output)
 
     def forward(self, category: torch.Tensor) -> torch.Tensor:
         return self.output[category]
 
 
-class _ConstantAttention(nn.Module):
-    """Replaces cross-attention over one token; receives the category index in the place of the token."""
-
-    def __init__(self, attention: Any, tokens: torch.Tensor) -> None:
-        super().__init__()
-        queries = tokens.new_zeros(len(tokens), 1, attention.query_dim)
-        self.of_category: torch.Tensor
-        self.register_buffer("of_category", attention(queries, encoder_hidden_states=tokens.unsqueeze(1)))
+class _ConstantAttention(_Precomputed):
+    """Replaces cross-attention over one token; receives the category index instead of the token; a row for each."""
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
         del hidden_states
-        return self.of_category[encoder_hidden_states]
+        return self.output[encoder_hidden_states]
 
 
 @torch.no_grad()
@@ -214,7 +207,9 @@ def _fold(denoiser: Denoiser, timestep: int) -> nn.Module:
         if isinstance(block, ResnetBlock2D) and not modulated:
             block.time_emb_proj = _Constant(block.time_emb_proj(block.nonlinearity(embedded)))
         elif isinstance(block, BasicTransformerBlock):
-            block.attn2, block.norm2 = _ConstantAttention(block.attn2, tokens), nn.Identity()
+            queries = tokens.new_zeros(len(tokens), 1, block.attn2.query_dim)
+            attended = block.attn2(queries, encoder_hidden_states=tokens.unsqueeze(1))
+            block.attn2, block.norm2 = _ConstantAttention(attended), nn.Identity()
     return unet
 
 

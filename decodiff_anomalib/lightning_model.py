@@ -95,6 +95,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
     """
 
     model: "DeCoDiffModel"
+    evaluator: Evaluator | None
 
     def __init__(
         self,
@@ -226,7 +227,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         if self._trainer is None:
             return list(super().configure_callbacks())
         datamodule = self.trainer.datamodule
-        if self._default_evaluator and getattr(self, "evaluator", None) is not None:
+        if self._default_evaluator and self.evaluator is not None:
             # MultiCategory reports pixel metrics itself, by category and in bounded memory
             self.evaluator = self.configure_evaluator(pixels=not hasattr(datamodule, "categories"))
         components = list(super().configure_callbacks())
@@ -259,6 +260,14 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             self.model = self._build_model(before.codec, before).to(self.device)
             known = self.categories if self._source_categories else None
             transfer(before.denoiser, self.model.denoiser, self._source_categories, known)
+        self._fix_category()
+
+    def _fix_category(self) -> None:
+        """Set the category that the model uses for all images, if ``category`` names one.
+
+        Raises:
+            ValueError: If the model does not know it.
+        """
         self.model.fixed_category = fixed_category_index(self.category, self.categories)
 
     def check_category(self) -> None:
@@ -267,7 +276,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         Raises:
             ValueError: If the model does not know ``category``, or was not trained to infer categories.
         """
-        self.model.fixed_category = fixed_category_index(self.category, self.categories)
+        self._fix_category()
         router = self.model.router
         if self.category == INFERRED and router is not None and len(self.categories) > 1 and not router.trained.any():
             msg = (

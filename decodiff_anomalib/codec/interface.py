@@ -1,12 +1,13 @@
 """The interface of every codec."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import nn
 
 
-class Codec(nn.Module):
+class Codec(nn.Module, ABC):
     """A frozen module between images and latents.
 
     Attributes:
@@ -19,6 +20,7 @@ class Codec(nn.Module):
     downsample_factor: int
     spec: str | dict[str, Any]
 
+    @abstractmethod
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Latents ``(B, C, h, w)``, about unit variance, of ``images`` ``(B, 3, H, W)`` in [-1, 1].
 
@@ -26,8 +28,7 @@ class Codec(nn.Module):
             images: ``(B, 3, H, W)``.
             generator: Where codecs sample from a distribution, the source of randomness; ``None`` takes its mean.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images ``(B, 3, H, W)``, about [-1, 1], not clamped, of ``latents`` ``(B, C, h, w)``."""
-        raise NotImplementedError

@@ -67,3 +67,36 @@ def test_sizes_by_name_fields_and_instance_are_the_same() -> None:
     )
     with pytest.raises(ValueError, match=f"denoiser='huge' is unknown; valid: {', '.join(DENOISER_SIZES)}"):
         build_denoiser("huge")
+
+
+def random_denoiser(size: str | DenoiserSize) -> Denoiser:
+    denoiser = build_denoiser(size, latent_channels=6, num_categories=3, sample_size=16).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in denoiser.parameters():  # an untrained one predicts zeros
+        torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    return denoiser
+
+
+@pytest.mark.parametrize("size", ["nano", DenoiserSize(16, 8, 12, norm_groups=4)])
+def test_folded_denoiser_gives_the_same_prediction(size: str | DenoiserSize) -> None:
+    denoiser = random_denoiser(size)
+    folded = FoldedDenoiser(denoiser, [9, 4, 0])
+    latents = torch.randn(4, 6, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    category = torch.arange(4)  # the last is unknown
+    with torch.no_grad():
+        for timestep in (9, 4, 0):
+            expected = denoiser(latents, torch.full((4,), timestep), category)
+            torch.testing.assert_close(folded(latents, timestep, category), expected, atol=1e-12, rtol=0)
+
+
+def test_folding_keeps_convolutions_and_self_attention_and_shares_their_weights() -> None:
+    for size, kept in {"nano": ".time_emb_proj.", DenoiserSize(16, 8, 12, norm_groups=4): None}.items():
+        denoiser = random_denoiser(size)
+        folded = FoldedDenoiser(denoiser, [9, 4])
+        addresses = {parameter.data_ptr() for parameter in denoiser.parameters()}
+        assert {parameter.data_ptr() for parameter in folded.parameters()} < addresses
+        names = {name.split(".", 2)[2] for name, _ in folded.named_parameters(remove_duplicate=False)}
+        embedding = [name for name in names if "emb" in name]
+        assert all(kept and kept in name for name in embedding)
+        assert not [name for name in names if "attn2" in name]
+        assert any("attn1" in name for name in names)

@@ -290,3 +290,19 @@ def test_some_categories_are_dropped_in_training() -> None:
     torch.testing.assert_close(dropped[0], dropped[1])
     assert kept[1].abs().max() > 0
     assert kept[0].abs().max() == kept[2].abs().max() == 0
+
+
+def test_folded_model_gives_the_same_outputs_and_leaves_the_model_unchanged() -> None:
+    model = DeCoDiffModel(change(PRESETS["balanced"], "correction", num_steps=3), (64, 64), num_categories=2).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1
+    model.fit(images, torch.tensor([0, 0, 1, 1]), generator)
+    for parameter in model.denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    with torch.no_grad():
+        before = model(images)
+        folded = model.folded().requires_grad_(requires_grad=False)
+        for folded_output, output in zip(folded(images), before, strict=True):
+            torch.testing.assert_close(folded_output, output, atol=1e-4, rtol=1e-4)
+        assert torch.equal(model(images).anomaly_map, before.anomaly_map)
+    assert all(parameter.requires_grad for parameter in model.denoiser.parameters())
