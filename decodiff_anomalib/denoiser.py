@@ -1,7 +1,7 @@
 """The network that predicts deviations: diffusers' ``UNet2DConditionModel`` with one learned token per category.
 
 The published sizes XS to XL are represented exactly. Cross-attention over a single token is a constant for each layer
-and category, so small models lose nothing by having it at their lowest resolution only, as ``nano`` and ``tiny`` do.
+and category, so ``nano`` and ``tiny`` do without it: the category modulates their residual blocks instead.
 """
 
 import copy
@@ -23,11 +23,12 @@ class DenoiserSize:
         width: Channels at the finest resolution.
         head_channels: Channels of one attention head; their number grows with the width.
         context_width: Channels of the category token.
-        attention: Which of the three resolutions have attention.
+        attention: Which of the resolutions have attention.
         dropout: In the residual blocks.
         layers: Residual blocks of each resolution.
         norm_groups: Groups of the group normalisations; one channel a group would remove the brightness of an image.
         multipliers: Channels at each resolution, in units of ``width``.
+        kernel: Size of the first and the last convolution; 1 suits latents of many channels.
         modulated: Whether timestep and category scale and shift the features of every residual block. As published, the
             timestep only shifts them, and the category enters through cross-attention.
     """
@@ -35,26 +36,29 @@ class DenoiserSize:
     width: int
     head_channels: int
     context_width: int
-    attention: tuple[bool, bool, bool] = (True, True, True)
+    attention: tuple[bool, ...] = (True, True, True)
     dropout: float = 0.4
     layers: int = 2
     norm_groups: int = 32
-    multipliers: tuple[int, int, int] = (1, 2, 4)
+    multipliers: tuple[int, ...] = (1, 2, 4)
+    kernel: int = 3
     modulated: bool = False
 
 
 SMALL: dict[str, Any] = {
-    "attention": (False, False, True),
+    "attention": (False, False),
     "dropout": 0.0,
     "layers": 1,
     "norm_groups": 8,
+    "multipliers": (1, 2),
+    "kernel": 1,
     "modulated": True,
 }
 
 DENOISER_SIZES = {
     # for CPUs
-    "nano": DenoiserSize(32, 32, 64, **SMALL),
-    "tiny": DenoiserSize(64, 32, 128, **SMALL),
+    "nano": DenoiserSize(48, 32, 64, **SMALL),
+    "tiny": DenoiserSize(96, 32, 128, **SMALL),
     # as published
     "XS": DenoiserSize(64, 16, 128),
     "S": DenoiserSize(128, 32, 256),
@@ -69,12 +73,20 @@ class Denoiser(nn.Module):
 
     Args:
         size: Shape of the UNet.
-        latent_channels: Channels of the latents, in and out.
+        latent_channels: Channels in.
         num_categories: Rows of the category table.
         sample_size: Side of the latents the network is meant for; any side divisible by 4 works.
+        out_channels: Channels out; by default as many as in.
     """
 
-    def __init__(self, size: DenoiserSize, latent_channels: int, num_categories: int, sample_size: int) -> None:
+    def __init__(
+        self,
+        size: DenoiserSize,
+        latent_channels: int,
+        num_categories: int,
+        sample_size: int,
+        out_channels: int | None = None,
+    ) -> None:
         super().__init__()
         from diffusers import UNet2DConditionModel  # seconds to import: only when a network is built
 
@@ -84,18 +96,21 @@ class Denoiser(nn.Module):
         self.unet: Any = UNet2DConditionModel(
             sample_size=sample_size,
             in_channels=latent_channels,
-            out_channels=latent_channels,
+            out_channels=out_channels or latent_channels,
+            conv_in_kernel=size.kernel,
+            conv_out_kernel=size.kernel,
             flip_sin_to_cos=True,
             freq_shift=0,
             down_block_types=tuple(down),
             up_block_types=tuple(up),
+            mid_block_type="UNetMidBlock2DCrossAttn" if any(size.attention) else "UNetMidBlock2D",
             block_out_channels=tuple(widths),
             layers_per_block=size.layers,
             dropout=size.dropout,
             norm_num_groups=size.norm_groups,
             cross_attention_dim=size.context_width,
             # diffusers' name is a misnomer: this is the *number* of heads; their width stays fixed across levels
-            attention_head_dim=tuple(width // size.head_channels for width in widths),
+            attention_head_dim=tuple(max(1, width // size.head_channels) for width in widths),
             resnet_time_scale_shift="scale_shift" if size.modulated else "default",
             class_embed_type="projection" if size.modulated else None,
             projection_class_embeddings_input_dim=size.context_width if size.modulated else None,
@@ -116,7 +131,7 @@ class Denoiser(nn.Module):
             nn.init.zeros_(convolution.bias)
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor | int, category: torch.Tensor) -> torch.Tensor:
-        """Predict the deviation of ``latents``.
+        """Predict the deviation of ``latents``, or what it was built to predict.
 
         Args:
             latents: ``(B, C, h, w)``, ``h`` and ``w`` divisible by 4.
@@ -218,14 +233,16 @@ def build_denoiser(
     latent_channels: int = 4,
     num_categories: int = 1,
     sample_size: int = 32,
+    out_channels: int | None = None,
 ) -> Denoiser:
     """Build the UNet of a named size.
 
     Args:
         size: A key of :data:`DENOISER_SIZES`, a :class:`DenoiserSize`, or a dictionary of its fields.
-        latent_channels: Channels of the codec's latents.
+        latent_channels: Channels of the latents, in and out.
         num_categories: Number of product categories.
         sample_size: Side of the latents.
+        out_channels: Channels out where they differ.
 
     Raises:
         ValueError: If the name is unknown.
@@ -237,4 +254,4 @@ def build_denoiser(
         size = DENOISER_SIZES[size]
     elif isinstance(size, dict):
         size = DenoiserSize(**size)
-    return Denoiser(size, latent_channels, num_categories, sample_size)
+    return Denoiser(size, latent_channels, num_categories, sample_size, out_channels)

@@ -175,8 +175,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         """The torch model, sharing the frozen backbone of the one ``before`` if it has the same."""
         from decodiff_anomalib.torch_model import DeCoDiffModel
 
-        backbone = self.settings.latents.backbone
-        features = before.features if before is not None and before.settings.latents.backbone == backbone else None
+        features = before.features if before is not None and before.settings.latents == self.settings.latents else None
         with torch.random.fork_rng(devices=[]):  # building a network draws weights, even if others are loaded then
             return DeCoDiffModel(self.settings, self._image_size, len(self.categories), codec, features, self.seed)
 

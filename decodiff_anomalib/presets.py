@@ -22,11 +22,13 @@ from decodiff_anomalib.settings import (
 )
 
 _BALANCED = Settings(
-    latents=LatentsSettings(codec="bundled", backbone="tf_efficientnet_lite0", magnification=2.0, scale=True),
+    latents=LatentsSettings(
+        codec="bundled", backbone="tf_efficientnet_lite0", magnification=2.0, scale=True, references=1000
+    ),
     denoiser=DenoiserSettings(size="nano"),
     correction=CorrectionSettings(num_steps=1, timestep_spacing="trailing", exemplars=12),
     maps=MapsSettings(
-        levels={"latent": 1.0, "feature": 1.0, "detail": 2.0},
+        levels={"latent": 1.0, "feature": 1.0},
         pixel_clip=None,
         latent_clip=None,
         latent_sigma=0.0,
@@ -34,12 +36,13 @@ _BALANCED = Settings(
         normal_range=True,
     ),
     scoring=ScoringSettings(top_share=0.01),
-    corruption=CorruptionSettings(kind="defects", timesteps="used"),
+    corruption=CorruptionSettings(kind="defects", timesteps="used", fresh_per_step=2, variants=2, noise=4.0),
     training=TrainingSettings(
         steps=600,
         warmup_steps=50,
         learning_rate_schedule="steps",
-        learning_rate=1e-3,
+        learning_rate=2e-3,
+        loss="relative",
         weight_decay=1e-2,
         ema_decay=0.99,
         gradient_clip=1.0,
@@ -52,7 +55,11 @@ _BALANCED = Settings(
 PRESETS: dict[str, Settings] = {
     "paper": Settings(),
     "balanced": _BALANCED,
-    "fast": replace(_BALANCED, training=replace(_BALANCED.training, steps=200)),
+    "fast": replace(
+        _BALANCED,
+        latents=replace(_BALANCED.latents, magnification=1.0),
+        training=replace(_BALANCED.training, steps=200),
+    ),
 }
 
 
@@ -174,7 +181,7 @@ def resolve(preset: str, overrides: object = None, arguments: Mapping[str, Any] 
         raise ValueError(msg)
     chosen, base = merge_overrides(overrides, arguments or {}), PRESETS[preset]
     if chosen.get("latents", {}).get("backbone") == NONE and "levels" not in chosen.get("maps", {}):
-        levels = {name: weight for name, weight in base.maps.levels.items() if name not in base.magnifications}
+        levels = {name: weight for name, weight in base.maps.levels.items() if name != "feature"}
         chosen.setdefault("maps", {})["levels"] = levels
     groups = {
         group: replace(

@@ -47,19 +47,32 @@ class LatentsSettings:
     Attributes:
         codec: ``bundled``, a file that ``decodiff_anomalib.codec.train`` wrote, or a hub id, folder or file of a
             diffusers autoencoder.
-        backbone: timm backbone whose features join the latents; ``none`` for none.
-        magnification: Enlargement of the image for the ``detail`` level; 1 leaves the level out.
+        backbone: timm backbone whose features join the latents, convolutional or a vision transformer; timm's
+            ``local-dir:FOLDER`` reads a folder; ``none`` for none.
+        backbone_weights: A ``.safetensors`` file with its weights; ``none`` for the packaged or published ones.
+        layers: timm's ``out_indices`` of its layers; ``none`` for those of strides 8 and 16 or, of a transformer, four
+            evenly spaced blocks.
+        normalization: Of its input: ``backbone`` (as it was trained), ``imagenet``, or ``half`` (mean and deviation
+            0.5).
+        magnification: Enlargement of the image whose features join the latents, too; 1 for none.
         scale: Whether latents are normalised to zero mean and unit variance on the training images of each category.
+        references: Normal latents kept of each category, in a memory bank for each kind of latents. The nearest one is
+            the reference of a position, and the denoiser predicts how much of the difference from it is a deviation; 0
+            lets it predict the deviation itself.
     """
 
     codec: str | dict[str, Any] = "stabilityai/sd-vae-ft-ema"
     backbone: str | None = None
+    backbone_weights: str | None = None
+    layers: list[int] | None = None
+    normalization: Literal["backbone", "imagenet", "half"] = "backbone"
     magnification: float = 1.0
     scale: bool = False
+    references: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        _check(self, at_least={"magnification": 1})
+        """Check words and ranges."""
+        _check(self, at_least={"magnification": 1, "references": 0})
 
 
 @dataclass(frozen=True)
@@ -117,8 +130,8 @@ class MapsSettings:
     """The anomaly maps and their fusion.
 
     Attributes:
-        levels: Weights of the fused maps: ``pixel``, ``latent``, ``feature`` (needs a backbone), ``detail`` (needs a
-            magnification above 1, too).
+        levels: Weights of the fused maps: ``pixel`` and ``latent`` (what the correction changes), ``feature`` (how far
+            features are from their references; needs a backbone and references).
         pixel_clip: Saturation of the pixel map; ``none`` for none.
         latent_clip: Saturation of the latent map; ``none`` for none.
         pixel_sigma: Blur of the pixel map, in pixels of the working size.
@@ -172,18 +185,23 @@ class CorruptionSettings:
     Attributes:
         kind: ``patches`` of the latents (the paper) or ``defects`` drawn on the images.
         timesteps: Strengths of the deviation to learn: ``all`` ten (the paper), or only those ``used`` in correction.
-        fresh_per_step: Images that a defect is drawn on in each training step; fewer if the batches are smaller.
+        fresh_per_step: Images that defects are drawn on in each training step; fewer if the batches are smaller.
+        variants: Defective versions of each of them.
+        noise: Standard deviation of noise added to the latents that the denoiser sees in training, in the latents'
+            units. It is not part of the deviation, so that small details of the training images do not give them away.
         samples_per_step: Samples the denoiser learns from in a step: the fresh ones and ones of the replay buffer.
     """
 
     kind: Literal["patches", "defects"] = "patches"
     timesteps: Literal["all", "used"] = "all"
     fresh_per_step: int = 4
+    variants: int = 1
+    noise: float = 0.0
     samples_per_step: int = 16
 
     def __post_init__(self) -> None:
         """Check words and ranges."""
-        _check(self, at_least={"fresh_per_step": 1, "samples_per_step": 1})
+        _check(self, at_least={"fresh_per_step": 1, "variants": 1, "noise": 0, "samples_per_step": 1})
 
 
 @dataclass(frozen=True)
@@ -197,6 +215,8 @@ class TrainingSettings:
             :func:`decodiff_anomalib.paper.paper_learning_rate_factor`, with the warm-up rounded up to whole epochs;
             ``steps``: a cosine by steps, down to a fiftieth.
         learning_rate: Peak of the cosine.
+        loss: Squared error of the deviation: ``absolute`` (the paper), or ``relative`` to the mean square of the
+            deviation of the sample, so that small defects count as much as large ones.
         weight_decay: Of AdamW.
         ema_decay: Decay of the averaged weights that are validated, tested and saved; 0 for none.
         gradient_clip: Largest gradient norm, unless the trainer is given one; 0 for none.
@@ -210,6 +230,7 @@ class TrainingSettings:
     warmup_steps: int = 130
     learning_rate_schedule: Literal["steps", "epochs"] = "epochs"
     learning_rate: float = 1e-4
+    loss: Literal["absolute", "relative"] = "absolute"
     weight_decay: float = 1e-4
     ema_decay: float = 0.0
     gradient_clip: float = 0.0
@@ -266,28 +287,23 @@ class Settings:
             msg = (
                 f"settings.maps.levels={levels} must be one or more of {', '.join(available)}, each with a weight "
                 f"above 0; feature needs settings.latents.backbone, which is {self.latents.backbone!r}, and "
-                f"detail settings.latents.magnification above 1 besides, which is {self.latents.magnification:g}."
+                f"settings.latents.references above 0, which is {self.latents.references}."
             )
             raise ValueError(msg)
-        if not self.latents.scale and (self.maps.normal_range or self.correction.exemplars):
+        fitted = self.maps.normal_range, self.correction.exemplars, self.latents.references
+        if not self.latents.scale and any(fitted):
             msg = (
-                f"settings.maps.normal_range={self.maps.normal_range} and settings.correction.exemplars="
-                f"{self.correction.exemplars} are fitted together with the scale of latents; "
-                "settings.latents.scale=False needs normal_range=False and exemplars=0."
+                f"settings.maps.normal_range={fitted[0]}, settings.correction.exemplars={fitted[1]} and "
+                f"settings.latents.references={fitted[2]} are fitted together with the scale of latents; "
+                "settings.latents.scale=False needs normal_range=False, exemplars=0 and references=0."
             )
             raise ValueError(msg)
-
-    @property
-    def magnifications(self) -> dict[str, float]:
-        """Enlargement of the image for each level that compares visual features."""
-        if self.latents.backbone is None:
-            return {}
-        return {"feature": 1.0} | ({"detail": self.latents.magnification} if self.latents.magnification > 1 else {})
 
     @property
     def available_levels(self) -> tuple[str, ...]:
         """Levels that the latents allow."""
-        return ("pixel", "latent", *self.magnifications)
+        has_distance = self.latents.backbone is not None and self.latents.references
+        return ("pixel", "latent", "feature") if has_distance else ("pixel", "latent")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain data by group, which :meth:`from_dict` reads."""

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,13 @@ from decodiff_anomalib.denoiser import SPATIAL_DIVISOR, FoldedDenoiser, build_de
 from decodiff_anomalib.discrepancy import fuse, latent_discrepancy, pixel_discrepancy, resize_mirrored
 from decodiff_anomalib.exemplars import Exemplars
 from decodiff_anomalib.features import PACKAGED_BACKBONE, FeatureLatents, MemoryBank, VisualFeatures
+from decodiff_anomalib.latent_groups import LatentGroup, LatentGroups
 from decodiff_anomalib.schedule import DeviationSchedule
 from decodiff_anomalib.settings import Settings
 
+CODEC = "codec"  # the name of its group of latents; those of the features have the backbone's names
 MIN_LATENT_STD = 0.2
+LEAST_DEVIATION = 0.02  # mean square, below which the relative loss does not grow further
 CHUNK = 16  # images that are fitted or measured at once
 
 
@@ -30,17 +34,19 @@ class Observation(NamedTuple):
 
     Attributes:
         images: ``(B, 3, H, W)`` in [-1, 1].
-        features: Visual features ``(B, F, h, w)``; ``None`` where the model has no backbone.
+        features: Visual features of each of the backbone's groups; empty where the model has no backbone.
         category: Category index ``(B,)``; the number of categories means unknown.
         ood_score: Out-of-distribution score ``(B,)``, unknown above 1; 0 where the category was given.
         latents: ``(B, C, h, w)``, about unit variance.
+        references: The nearest normal latents ``(B, C, h, w)``; ``None`` where the model has no memory banks.
     """
 
     images: torch.Tensor
-    features: torch.Tensor | None
+    features: dict[str, torch.Tensor]
     category: torch.Tensor
     ood_score: torch.Tensor
     latents: torch.Tensor
+    references: torch.Tensor | None
 
 
 class ModelOutput(NamedTuple):
@@ -104,35 +110,52 @@ class DeCoDiffModel(nn.Module):
             nearest = tuple(max(1, round(side / divisor)) * divisor for side in image_size)
             msg = f"image_size={tuple(image_size)} must be multiples of {divisor} pixels, such as {nearest}."
             raise ValueError(msg)
-        latent_channels = self.codec.latent_channels
+        channels = self.codec.latent_channels
         self.latent_mean: torch.Tensor
         self.latent_std: torch.Tensor
-        self.normal_deviation: torch.Tensor
-        self.register_buffer("latent_mean", torch.zeros(rows, latent_channels, 1, 1))
-        self.register_buffer("latent_std", torch.ones(rows, latent_channels, 1, 1))
-        self.register_buffer("normal_deviation", torch.ones(rows, latent_channels, 1, 1))
+        self.register_buffer("latent_mean", torch.zeros(rows, channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(rows, channels, 1, 1))
 
-        backbone = settings.latents.backbone
+        chosen = settings.latents
         self.features: VisualFeatures | None = None
-        if backbone or num_categories > 1:
-            self.features = features or VisualFeatures(backbone or PACKAGED_BACKBONE)
-        self.router = CategoryRouter(num_categories, self.features.channels) if self.features else None
-        self.feature_latents: FeatureLatents | None = None
+        if chosen.backbone or num_categories > 1:
+            self.features = features or VisualFeatures(
+                chosen.backbone or PACKAGED_BACKBONE,
+                chosen.backbone_weights,
+                chosen.layers,
+                chosen.normalization,
+                chosen.magnification if chosen.backbone else 1.0,
+                self.codec.downsample_factor,
+            )
+        self.router: CategoryRouter | None = None
+        groups = {CODEC: LatentGroup(channels)}
+        self.feature_latents = nn.ModuleDict()
+        if self.features:
+            self.router = CategoryRouter(num_categories, sum(self.features.groups["image"].layer_channels))
+            for name, group in self.features.groups.items() if chosen.backbone else ():
+                latents = FeatureLatents(group.layer_channels, num_categories)
+                self.feature_latents[name] = latents
+                groups[name] = LatentGroup(latents.channels, group.cells)
+        self.latent_groups = LatentGroups(groups)
+        self.normal_deviation: torch.Tensor
+        self.register_buffer("normal_deviation", torch.ones(rows, self.latent_groups.channels, 1, 1))
         self.memory_banks = nn.ModuleDict()
-        if self.features and backbone:
-            self.feature_latents = FeatureLatents(self.features.channels, num_categories)
-            latent_channels += self.feature_latents.channels
-            for level in settings.magnifications:
-                self.memory_banks[level] = MemoryBank(self.features.stride_channels, num_categories)
+        if chosen.references:
+            for name, part in groups.items():
+                self.memory_banks[name] = MemoryBank(part.channels, num_categories, chosen.references)
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # here, so that weights do not depend on what else was built before
-            self.denoiser = build_denoiser(
+            build = partial(
+                build_denoiser,
                 settings.denoiser.size,
-                latent_channels=latent_channels,
                 num_categories=num_categories,
                 sample_size=image_size[0] // self.codec.downsample_factor,
             )
+            if self.memory_banks:
+                self.denoiser = build(2 * self.latent_groups.channels, out_channels=self.latent_groups.gates)
+            else:
+                self.denoiser = build(self.latent_groups.channels)
         self.schedule = DeviationSchedule(
             num_inference_steps=settings.correction.num_steps, timestep_spacing=settings.correction.timestep_spacing
         )
@@ -162,7 +185,7 @@ class DeCoDiffModel(nn.Module):
             category: Category index ``(B,)``; inferred where it is not given.
         """
         observed = self.observe(images, category)
-        corrected = self.correct(observed.latents, observed.category)
+        corrected = self.correct(observed.latents, observed.references, observed.category)
         both = self.decode(torch.cat([observed.latents, corrected]), observed.category.repeat(2))
         reconstruction, decoded = both.unflatten(0, (2, -1)).unbind()
         maps = self.level_maps(self.settings.maps.levels, observed, corrected, reconstruction, decoded)
@@ -179,12 +202,13 @@ class DeCoDiffModel(nn.Module):
 
     def observe(self, images: torch.Tensor, category: torch.Tensor | None = None) -> Observation:
         """Features, category and latents of a batch, each computed once; arguments as :meth:`forward`."""
-        features = self.features(images) if self.features else None
+        features = self.features(images) if self.features else {}
         index, ood_score = self.route(images, features, category)
-        return Observation(images, features, index, ood_score, self.encode(images, index, features))
+        latents = self.encode(images, index, features)
+        return Observation(images, features, index, ood_score, latents, self.refer(latents, index))
 
     def route(
-        self, images: torch.Tensor, features: torch.Tensor | None, category: torch.Tensor | None
+        self, images: torch.Tensor, features: dict[str, torch.Tensor], category: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Category index ``(B,)`` and out-of-distribution score ``(B,)``: as given, else as fixed, else inferred."""
         zeros = torch.zeros_like(images[:, 0, 0, 0])
@@ -192,18 +216,18 @@ class DeCoDiffModel(nn.Module):
             return category, zeros
         if self.fixed_category is not None:
             return torch.full_like(zeros, self.fixed_category, dtype=torch.long), zeros
-        if self.router is None or features is None:
+        if self.router is None:
             return zeros.long(), zeros
-        return self.router(features)
+        return self.router(features["image"])
 
     def encode(
         self,
         images: torch.Tensor,
         category: torch.Tensor,
-        features: torch.Tensor | None = None,
+        features: dict[str, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Latents ``(B, C, h, w)``: those of the codec, then the features, both in the units of :meth:`fit`.
+        """Latents ``(B, C, h, w)``: those of the codec and the features, all in the units of :meth:`fit`.
 
         Args:
             images: ``(B, 3, H, W)`` in [-1, 1].
@@ -214,23 +238,51 @@ class DeCoDiffModel(nn.Module):
         with torch.autocast(images.device.type, enabled=False):  # deviations are small differences of latents
             latents = self.codec.encode(images, generator=generator)
             latents = (latents - self.latent_mean[category]) / self.latent_std[category]
-        if self.features is None or self.feature_latents is None:
-            return latents
-        features = self.features(images) if features is None else features
-        return torch.cat([latents, self.feature_latents(features, category)], dim=1)
+        parts = {CODEC: latents}
+        if self.features and self.feature_latents:
+            features = features or self.features(images)
+            parts |= {name: latents(features[name], category) for name, latents in self.feature_latents.items()}
+        return self.latent_groups.join(parts)
 
-    def correct(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+    def refer(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor | None:
+        """The nearest normal latents ``(B, C, h, w)``, searched for each position of each group in its memory bank."""
+        if not self.memory_banks:
+            return None
+        parts = self.latent_groups.split(latents)
+        return self.latent_groups.join({name: bank(parts[name], category) for name, bank in self.memory_banks.items()})
+
+    def correct(self, latents: torch.Tensor, references: torch.Tensor | None, category: torch.Tensor) -> torch.Tensor:
         """Corrected latents; ``latents`` ``(B, C, h, w)`` are taken as the most deviated state, without added noise.
 
         The inference of the paper: ``z <- z - s_i d + s_{i-1} d``, with ``d`` the predicted deviation.
         """
         for index, timestep in enumerate(self._timesteps):
-            latents = self.schedule.step(latents, self.denoiser(latents, timestep, category), index)
+            deviation = self.predict_deviation(latents, references, timestep, category)
+            latents = self.schedule.step(latents, deviation, index)
         return latents
+
+    def predict_deviation(
+        self,
+        latents: torch.Tensor,
+        references: torch.Tensor | None,
+        timesteps: torch.Tensor | int,
+        category: torch.Tensor,
+    ) -> torch.Tensor:
+        """The deviation ``(B, C, h, w)`` that the denoiser sees in ``latents``.
+
+        With references it is a share of the difference from them, which the denoiser predicts for each position of each
+        group of latents. Unusual parts of normal images differ from their references, too; the denoiser has learnt
+        which differences are defects.
+        """
+        if references is None:
+            return self.denoiser(latents, timesteps, category)
+        difference = latents - references
+        gates = self.denoiser(torch.cat([latents, difference], dim=1), timesteps, category)
+        return self.latent_groups.spread(gates) * difference
 
     def decode(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Images ``(B, 3, H, W)``, about [-1, 1], of the codec's channels of ``latents`` ``(B, C, h, w)``."""
-        own = latents[:, : self.codec.latent_channels]
+        own = self.latent_groups.split(latents)[CODEC]
         return self.codec.decode(own * self.latent_std[category] + self.latent_mean[category])
 
     def level_maps(
@@ -257,22 +309,27 @@ class DeCoDiffModel(nn.Module):
             if level == "pixel":
                 maps[level] = pixel_discrepancy(decoded, reconstruction, settings.pixel_clip, settings.pixel_sigma)
             elif level == "latent":
-                before, after = (self._in_normal_deviations(part, category) for part in (observed.latents, corrected))
-                maps[level] = latent_discrepancy(after, before, size, settings.latent_clip, settings.latent_sigma)
+                unit = self.normal_deviation[category]
+                before, after = (self.latent_groups.split(part / unit) for part in (observed.latents, corrected))
+                discrepancy = partial(
+                    latent_discrepancy, size=size, clip=settings.latent_clip, sigma=settings.latent_sigma
+                )
+                maps[level] = self._mean_over_groups({name: discrepancy(after[name], before[name]) for name in before})
             else:
-                features = self._magnified_features(observed, self.settings.magnifications[level])
-                maps[level] = resize_mirrored(self.memory_banks[level](features, category), size)
+                assert observed.references is not None, "the feature level exists only with references"
+                difference = self.latent_groups.split(observed.latents - observed.references)
+                lengths = {
+                    name: torch.linalg.vector_norm(difference[name], dim=1)[:, None] for name in self.feature_latents
+                }
+                maps[level] = self._mean_over_groups(
+                    {name: resize_mirrored(part, size) for name, part in lengths.items()}
+                )
         return maps
 
-    def _magnified_features(self, observed: Observation, magnification: float) -> torch.Tensor:
-        """Features ``(B, F, h, w)`` of the enlarged images; those at their own size have been computed already."""
-        assert self.features is not None, "levels of features exist only with a backbone"
-        assert observed.features is not None
-        return observed.features if magnification == 1 else self.features(observed.images, magnification)
-
-    def _in_normal_deviations(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """The codec's latents in units of the mean correction of normal images of the category."""
-        return latents[:, : self.codec.latent_channels] / self.normal_deviation[category]
+    def _mean_over_groups(self, maps: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Weighted mean ``(B, 1, H, W)`` of the maps of groups of latents; a grid twice as fine counts twice."""
+        weights = {name: self.latent_groups.groups[name].cells for name in maps}
+        return torch.stack([weights[name] * part for name, part in maps.items()]).sum(0) / sum(weights.values())
 
     def fuse(self, maps: dict[str, torch.Tensor], category: torch.Tensor) -> torch.Tensor:
         """Anomaly map ``(B, 1, H, W)`` from the maps of the levels."""
@@ -326,12 +383,19 @@ class DeCoDiffModel(nn.Module):
                 timesteps = self._draw_timesteps(latents, generator)
                 noise, mask = corrupt_latents(latents, generator=generator)
                 deviation = self.schedule.target(latents, noise, mask, timesteps)
+                references = self.refer(self.schedule.deviate(latents, deviation, timesteps), category)
             else:
-                latents, deviation, category = self._defect_samples(images, category, replay, generator)
+                latents, deviation, references, category = self._defect_samples(images, category, replay, generator)
                 timesteps = self._draw_timesteps(latents, generator)
             deviated = self.schedule.deviate(latents, deviation, timesteps)
-        predicted = self.denoiser(deviated, timesteps, category)
-        return (deviation - predicted).square().mean()
+            if noise_scale := self.settings.corruption.noise:
+                deviated = deviated + noise_scale * torch.randn(deviated.shape, generator=generator).to(deviated)
+        predicted = self.predict_deviation(deviated, references, timesteps, category)
+        error = (deviation - predicted).square()
+        if self.settings.training.loss == "absolute":
+            return error.mean()
+        energy = deviation.square().mean((1, 2, 3)) + LEAST_DEVIATION
+        return (error.mean((1, 2, 3)) / energy).mean()
 
     def _drop_categories(self, category: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """Category index ``(B,)`` with some replaced by unknown, so that the denoiser learns unknown images, too.
@@ -349,14 +413,22 @@ class DeCoDiffModel(nn.Module):
         category: torch.Tensor,
         replay: ReplayBuffer,
         generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Clean latents and deviations ``(S, C, h, w)`` of drawn defects, and their category: fresh and replayed."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Clean latents, deviations and references ``(S, C, h, w)`` of drawn defects, and their category ``(S,)``.
+
+        Fresh ones and replayed ones; references are those of the defective images, as in :meth:`correct`.
+        """
         settings = self.settings.corruption
         fresh, own = images[: settings.fresh_per_step], category[: settings.fresh_per_step]
-        pairs = torch.cat([fresh, draw_defects(fresh, generator)])
-        clean, defective = self.encode(pairs, own.repeat(2)).chunk(2)
-        num_samples = max(len(fresh), settings.samples_per_step)
-        return replay.exchange(clean, defective - clean, own, num_samples, generator)
+        drawn = draw_defects(fresh.repeat(settings.variants, 1, 1, 1), generator)
+        encoded = self.encode(torch.cat([fresh, drawn]), own.repeat(1 + settings.variants))
+        clean, defective = encoded[: len(fresh)].repeat(settings.variants, 1, 1, 1), encoded[len(fresh) :]
+        own = own.repeat(settings.variants)
+        references = self.refer(defective, own)
+        sample = [clean, defective - clean, *([] if references is None else [references])]
+        num_samples = max(len(clean), settings.samples_per_step)
+        sample, category = replay.exchange(sample, own, num_samples, generator)
+        return sample[0], sample[1], None if references is None else sample[2], category
 
     def _draw_timesteps(self, latents: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """Random timesteps ``(B,)`` of those to learn."""
@@ -383,7 +455,9 @@ class DeCoDiffModel(nn.Module):
         if self.settings.latents.scale:
             self._fit_scale(images, category)
         if self.features and self.router:
-            self._fit_features(self.features, self.router, images, category, generator)
+            self._fit_features(self.features, self.router, images, category)
+        if self.memory_banks:
+            self._fit_references(images, category, generator)
         if self.exemplars:
             for row, chosen in _rows(category):
                 self.exemplars.fit(row, images[chosen])
@@ -401,21 +475,21 @@ class DeCoDiffModel(nn.Module):
         router: CategoryRouter,
         images: torch.Tensor,
         category: torch.Tensor,
-        generator: torch.Generator | None,
     ) -> None:
-        rows = _rows(category)
-        features = torch.cat([backbone(chunk) for chunk in images.split(CHUNK)])
-        router.fit(router.pool(features), category)
-        if self.feature_latents:
-            for row, chosen in rows:
-                self.feature_latents.fit(row, features[chosen])
-        for level, magnification in self.settings.magnifications.items():
-            enlarged = features
-            if magnification != 1:
-                enlarged = torch.cat([backbone(chunk, magnification) for chunk in images.split(CHUNK)])
-            bank: Any = self.memory_banks[level]
-            for row, chosen in rows:
-                bank.fit(row, enlarged[chosen], generator)
+        chunks = [backbone(chunk) for chunk in images.split(CHUNK)]
+        features = {name: torch.cat([chunk[name] for chunk in chunks]) for name in backbone.groups}
+        router.fit(router.pool(features["image"]), category)
+        for name, latents in self.feature_latents.items():
+            for row, chosen in _rows(category):
+                latents.fit(row, features[name][chosen])  # type: ignore[operator] # a FeatureLatents
+
+    def _fit_references(self, images: torch.Tensor, category: torch.Tensor, generator: torch.Generator | None) -> None:
+        for row, chosen in _rows(category):
+            index = category[chosen] if row >= 0 else torch.full_like(category, self.num_categories)
+            chunks = zip(images[chosen].split(CHUNK), index.split(CHUNK), strict=True)
+            parts = [self.latent_groups.split(self.encode(*chunk)) for chunk in chunks]
+            for name, bank in self.memory_banks.items():
+                bank.fit(row, torch.cat([part[name] for part in parts]), generator)  # type: ignore[operator]
 
     @torch.no_grad()
     def calibrate(self, images: torch.Tensor, category: torch.Tensor) -> None:
@@ -433,13 +507,13 @@ class DeCoDiffModel(nn.Module):
         chunks = zip(images.split(CHUNK), category.split(CHUNK), strict=True)
         observed = [self.observe(part, index) for part, index in chunks]
         if self.router:
-            pooled = [self.router.pool(batch.features) for batch in observed if batch.features is not None]
+            pooled = [self.router.pool(batch.features["image"]) for batch in observed]
             self.router.calibrate(torch.cat(pooled), category)
         if not self.settings.latents.scale:
             return
-        corrected = [self.correct(batch.latents, batch.category) for batch in observed]
-        corrections = (torch.cat(corrected) - torch.cat([batch.latents for batch in observed])).abs()
-        corrections = corrections[:, : self.codec.latent_channels].mean(dim=(2, 3), keepdim=True)
+        corrected = [self.correct(batch.latents, batch.references, batch.category) for batch in observed]
+        pairs = zip(corrected, observed, strict=True)
+        corrections = torch.cat([(after - batch.latents).abs().mean((2, 3), keepdim=True) for after, batch in pairs])
         corrections = corrections.clamp_min(torch.finfo(images.dtype).tiny)
         for row, chosen in rows:
             self.normal_deviation[row] = corrections[chosen].mean(0)

@@ -1,4 +1,4 @@
-"""What a model costs: time for each image, peak memory, and how much a correction changes normal images."""
+"""What a model costs, and how good its corrected images are."""
 
 import re
 import time
@@ -13,12 +13,14 @@ from anomalib.data.utils import LabelName
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 
+from decodiff_anomalib.corruption import draw_defects
 from decodiff_anomalib.data.dataset import MultiCategoryDataset
 from decodiff_anomalib.lightning_model import DeCoDiff
 
 TIMED_IMAGES, WARM_UP, MIN_REPEATS = 16, 2, 5
 NORMAL_IMAGES_PER_CATEGORY = 16
 GREY_VALUES = 255
+DRAWN_CHANGE = 0.1  # of images in [-1, 1]
 PROCESS = Path("/proc/self")
 
 
@@ -76,6 +78,29 @@ def change_on_normal_images(model: DeCoDiff, data: MultiCategoryDataset) -> dict
             differences.append((outputs.correction - outputs.reconstruction).abs().mean() / 2 * GREY_VALUES)
         change[category] = float(torch.stack(differences).mean())
     return change
+
+
+@torch.inference_mode()
+def correction_psnr(model: DeCoDiff, data: MultiCategoryDataset) -> dict[str, float]:
+    """How well drawn defects are replaced: PSNR in dB of the correction against the image before, in the defects.
+
+    Only where a pixel was changed by more than :data:`DRAWN_CHANGE` it counts, so that neither what the correction
+    leaves alone nor the size of a defect matters. Real defects have no image without them to compare with. The drawing
+    is that of training, on normal test images, and repeats.
+    """
+    assert isinstance(model.pre_processor, PreProcessor)
+    transform, quality = model.pre_processor.transform, {}
+    assert transform is not None
+    normal = data.samples[data.samples.label_index == LabelName.NORMAL]
+    for category, rows in normal.groupby("category", sort=False):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.stack([transform(_image(data, row)) for row in rows.index[:NORMAL_IMAGES_PER_CATEGORY]])
+        defective = draw_defects(images, generator)
+        drawn = ((defective - images).abs().amax(1, keepdim=True) > DRAWN_CHANGE).expand_as(images)
+        corrected = [model.model(part.to(model.device)).correction.clamp(-1, 1).cpu() for part in defective.split(8)]
+        squared = ((torch.cat(corrected) - images) / 2)[drawn].square().mean()
+        quality[category] = float(-10 * squared.log10())
+    return quality
 
 
 def reset_peak_memory() -> None:

@@ -12,7 +12,8 @@ from decodiff_anomalib.benchmark.record import CATEGORY_METRICS, Run
 from decodiff_anomalib.evaluation import METRICS
 
 COSTS = ("train_seconds", "ms_batch_1", "ms_batch_8", "memory_mb", "parameters", "state_mb")
-VALUES = (*METRICS, *COSTS, "normal_change")
+OF_CORRECTION = ("normal_change", "correction_psnr")
+VALUES = (*METRICS, *COSTS, *OF_CORRECTION)
 KEYS = ["model", "mode", "category"]
 MEAN = "mean"
 
@@ -28,9 +29,10 @@ HEADINGS = {
     "parameters": "parameters, M",
     "state_mb": "model, MB",
     "normal_change": "change on normals",
+    "correction_psnr": "correction PSNR",
 }
 DIGITS = {"train_seconds": 0, "memory_mb": 0, "ms_batch_1": 1, "ms_batch_8": 1, "parameters": 2, "state_mb": 1}
-DIGITS |= {"normal_change": 2}
+DIGITS |= {"normal_change": 2, "correction_psnr": 1}
 
 
 def write_tables(grid: Sequence[Run], output: Path) -> pd.DataFrame:
@@ -93,8 +95,8 @@ def collect(grid: Sequence[Run], names: dict[str, str], output: Path) -> tuple[p
             metrics = json.loads((run.folder(output) / CATEGORY_METRICS).read_text())
             for row in metrics:
                 if row["category"] in run.categories:
-                    change = {"normal_change": result["normal_change"].get(row["category"])}
-                    results.append(keys | {"category": row["category"]} | row | result | change)
+                    pictures = {name: result[name].get(row["category"]) for name in OF_CORRECTION}
+                    results.append(keys | {"category": row["category"]} | row | result | pictures)
     columns = [*KEYS, "seed"]
     table = pd.DataFrame(results, columns=[*columns, "device", *VALUES])
     return table.astype(dict.fromkeys(VALUES, float)), pd.DataFrame(errors, columns=[*columns, "error"])
@@ -140,7 +142,7 @@ def summarise(
 
 def means_table(table: pd.DataFrame) -> str:
     """The means over categories as a markdown table."""
-    values = [name for name in VALUES if name != "normal_change" or table[name].notna().any()]
+    values = [name for name in VALUES if name not in OF_CORRECTION or table[name].notna().any()]
     return "\n".join(_lines(table[table.category == MEAN], ["model", "mode", "seeds"], values))
 
 
@@ -171,7 +173,8 @@ def _markdown(table: pd.DataFrame, results: pd.DataFrame, errors: pd.DataFrame, 
         f"Measured on: {devices}. The training time is that of one model, whatever its number of categories; peak "
         "memory is that of the whole run; the size of the model counts everything that inference needs; the change on "
         "normals is the mean absolute difference between the correction of a normal image and its reconstruction, in "
-        "grey values from 0 to 255."
+        "grey values from 0 to 255; the correction PSNR, in dB, compares the correction of normal images with drawn "
+        "defects with the images before, in the defects."
     )
     lines = [
         "# Benchmark",

@@ -67,7 +67,8 @@ def perform(run: Run, folder: Path, timing_seconds: float) -> dict[str, Any]:
 
     Returns:
         dict[str, Any]: ``note``, ``device`` and the costs: seconds of training, milliseconds for each image by batch
-        size, peak memory and state in MB, number of parameters, and ``normal_change`` by category.
+        size, peak memory and state in MB, number of parameters, and ``normal_change`` and ``correction_psnr`` by
+        category.
     """
     seed_everything(run.seed, workers=True)
     datamodule = MultiCategory(**run.data, seed=run.seed)
@@ -92,7 +93,7 @@ def perform(run: Run, folder: Path, timing_seconds: float) -> dict[str, Any]:
 
     model.to(device).eval()
     images = costs.timed_images(datamodule.test_data).to(device)
-    change = costs.change_on_normal_images(model, datamodule.test_data) if isinstance(model, DeCoDiff) else {}
+    corrects = isinstance(model, DeCoDiff)
     return {
         "note": note,
         "device": costs.device_name(device),
@@ -101,7 +102,8 @@ def perform(run: Run, folder: Path, timing_seconds: float) -> dict[str, Any]:
         "memory_mb": memory,
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
         "state_mb": sum(value.nbytes for value in model.state_dict().values() if torch.is_tensor(value)) / 1e6,
-        "normal_change": change,
+        "normal_change": costs.change_on_normal_images(model, datamodule.test_data) if corrects else {},
+        "correction_psnr": costs.correction_psnr(model, datamodule.test_data) if corrects else {},
     }
 
 

@@ -121,8 +121,8 @@ class PatchTarget:
         features = self._extract(crops)
         self.mean, self.std = features.mean((0, 2, 3)), features.std((0, 2, 3))
         # orthonormal columns up to a factor, so that distances between features are kept
-        random = torch.randn(TEACHER_CHANNELS, self.backbone.channels, generator=generator)
-        self.projection = torch.linalg.qr(random).Q * (TEACHER_CHANNELS / self.backbone.channels) ** 0.5
+        random = torch.randn(TEACHER_CHANNELS, features.shape[1], generator=generator)
+        self.projection = torch.linalg.qr(random).Q * (TEACHER_CHANNELS / features.shape[1]) ** 0.5
 
     @torch.no_grad()
     def __call__(self, crops: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ class PatchTarget:
         enlarged = F.interpolate(crops, scale_factor=2, mode="bilinear")
         # The backbone pads on two sides only, so that its cells lie 3.2, not 3.6, cells before the patches.
         with _half_precision():
-            return self.backbone(2 * enlarged - 1)[:, :, 3:-5, 3:-5].float()
+            return self.backbone(2 * enlarged - 1)["image"][:, :, 3:-5, 3:-5].float()
 
 
 def _half_precision() -> torch.autocast:

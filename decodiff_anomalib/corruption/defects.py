@@ -86,13 +86,31 @@ def blobs(draw: Draw, image: torch.Tensor) -> torch.Tensor:
     return torch.stack(spots).amax(0)
 
 
+def _line(draw: Draw, window: torch.Tensor, field: torch.Tensor, widths: tuple[float, float]) -> torch.Tensor:
+    """The level set of ``field`` through the middle of ``window``, inside it."""
+    distance = (field - field.flatten()[window.argmax()]).abs() / _slope(field)
+    return torch.minimum(draw.log_uniform(*widths) - distance, window)
+
+
 def scratch(draw: Draw, image: torch.Tensor) -> torch.Tensor:
     """A thin wandering line: the level set of smooth noise through a point, in a window around it."""
     window = _ellipse(draw, image, draw.log_uniform(15, 110), aspect=4)
     field = draw.field(image, draw.log_uniform(1, 5))
     field = field + 0.05 * draw.uniform() * draw.field(image, draw.log_uniform(8, 30))
-    distance = (field - field.flatten()[window.argmax()]).abs() / _slope(field)
-    return torch.minimum(draw.log_uniform(0.7, 4) - distance, window)
+    return _line(draw, window, field, (0.7, 4))
+
+
+def small_scratch(draw: Draw, image: torch.Tensor) -> torch.Tensor:
+    """A short thin line."""
+    window = _ellipse(draw, image, draw.log_uniform(5, 25), aspect=4)
+    return _line(draw, window, draw.field(image, draw.log_uniform(2, 10)), (0.7, 3))
+
+
+def small_blob(draw: Draw, image: torch.Tensor) -> torch.Tensor:
+    """A small spot with an uneven outline."""
+    radius = draw.log_uniform(1.5, 7)
+    outline = draw.field(image, draw.log_uniform(10, 50)) * draw.uniform(0, 0.3) * radius
+    return _ellipse(draw, image, radius, aspect=4) + outline
 
 
 def areas(draw: Draw, image: torch.Tensor) -> torch.Tensor:
@@ -177,6 +195,7 @@ class DefectKind(NamedTuple):
         contents: Of which one is drawn at random.
         softness: Range of the width of the edge, in units of length.
         opacity: Smallest opacity; the largest is 1.
+        number: Range of how many are drawn on the image, both included.
     """
 
     share: float
@@ -184,26 +203,35 @@ class DefectKind(NamedTuple):
     contents: tuple[Callable, ...]
     softness: tuple[float, float]
     opacity: float
+    number: tuple[int, int] = (1, 1)
 
 
 KINDS = (
     # Made of the product's own tones, such as a closed gap or a missing piece: the hardest to tell from it.
     DefectKind(
-        0.45, (blobs, blobs, blobs, scratch, areas), (own_tone, own_tone, own_tone, displaced, warp), (0.3, 0.8), 1.0
+        0.5,
+        (small_blob, small_blob, small_scratch),
+        (own_tone, own_tone, own_tone, displaced),
+        (0.3, 0.8),
+        0.7,
+        number=(2, 6),
     ),
     DefectKind(
-        0.5,
+        0.22, (blobs, blobs, blobs, scratch, areas), (own_tone, own_tone, own_tone, displaced, warp), (0.3, 0.8), 1.0
+    ),
+    DefectKind(
+        0.25,
         (areas, areas, areas, blobs, blobs, blobs, blobs, scratch, scratch),
         (foreign, displaced, stain, texture, illumination, smear, warp),
         (0.4, 3.0),
         0.2,
     ),
-    DefectKind(0.05, (region,), (illumination, illumination, smear, texture), (3.0, 30.0), 1.0),
+    DefectKind(0.03, (region,), (illumination, illumination, smear, texture), (3.0, 30.0), 1.0),
 )
 
 
 def draw_defects(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw a defect on each image.
+    """Draw defects of one kind on each image.
 
     Args:
         images: Normal images ``(B, 3, H, W)`` in [-1, 1].
@@ -217,9 +245,11 @@ def draw_defects(images: torch.Tensor, generator: torch.Generator | None = None)
     defective = []
     for image in images:
         kind = KINDS[int(torch.multinomial(shares, 1, generator=generator))]
-        other = images[draw.integer(0, len(images))]
-        distance = draw.pick(kind.shapes)(draw, image)
-        content = draw.pick(kind.contents)(draw, image, other).clamp(-1, 1)
-        mask = torch.sigmoid(2 * distance / draw.log_uniform(*kind.softness))
-        defective.append(image + draw.uniform(kind.opacity, 1) * mask * (content - image))
+        for _ in range(draw.integer(kind.number[0], kind.number[1] + 1)):
+            other = images[draw.integer(0, len(images))]
+            distance = draw.pick(kind.shapes)(draw, image)
+            content = draw.pick(kind.contents)(draw, image, other).clamp(-1, 1)
+            mask = torch.sigmoid(2 * distance / draw.log_uniform(*kind.softness))
+            image = image + draw.uniform(kind.opacity, 1) * mask * (content - image)  # noqa: PLW2901
+        defective.append(image)
     return torch.stack(defective)

@@ -20,12 +20,11 @@ RANGE_IMAGES = 300
 
 QUANTISED_SCOPES = (
     "model.denoiser",
-    "model.memory_banks.feature.products",
-    "model.memory_banks.detail.products",
+    *(f"model.memory_banks.{group}.products" for group in ("codec", "image", "enlarged", "fine")),
 )
 """Modules that compute in integers: the denoiser, and the search for the nearest entry of a memory bank.
 
-The distance to that entry is computed in floating point, and so are the features: in integers, their rounding error
+The difference from that entry is computed in floating point, and so are the features: in integers, their rounding error
 would be as large as the difference that a small defect makes on a binary image.
 """
 

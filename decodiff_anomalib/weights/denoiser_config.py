@@ -23,6 +23,7 @@ class DenoiserConfig:
         categories: Names of the rows, if known.
         codec: Hub id of the codec whose latents it was trained on, if known.
         source: ``decodiff`` (the authors' script) or ``latent-diffusion``.
+        out_channels: Channels out where they differ from those in.
     """
 
     size: DenoiserSize
@@ -31,6 +32,7 @@ class DenoiserConfig:
     categories: tuple[str, ...] | None
     codec: str | None
     source: str
+    out_channels: int | None = None
 
     @property
     def denoiser(self) -> str | dict[str, Any]:
@@ -66,7 +68,9 @@ def empty_denoiser(config: DenoiserConfig) -> Denoiser:
     from diffusers import UNet2DConditionModel  # noqa: F401
 
     with torch.device("meta"):
-        return build_denoiser(config.size, config.latent_channels, config.num_categories)
+        return build_denoiser(
+            config.size, config.latent_channels, config.num_categories, out_channels=config.out_channels
+        )
 
 
 def fill(denoiser: Denoiser, state: State) -> Denoiser:

@@ -92,12 +92,22 @@ def test_one_that_fails_is_reported_and_the_others_have_their_rows(folder: Path)
     assert table.loc["Padim, small"].seeds.eq(0).all()
 
     decodiff = table.loc[("DeCoDiff", "multi", "mean")]
-    costs = ["train_seconds", "ms_batch_1", "ms_batch_8", "memory_mb", "parameters", "state_mb", "normal_change"]
+    costs = [
+        "train_seconds",
+        "ms_batch_1",
+        "ms_batch_8",
+        "memory_mb",
+        "parameters",
+        "state_mb",
+        "normal_change",
+        "correction_psnr",
+    ]
     assert decodiff[[*METRICS, *costs]].notna().all()
     assert 300 < decodiff.memory_mb < 5000
     assert 7e6 < decodiff.parameters < 7.1e6
     assert decodiff.state_mb > 4e-6 * decodiff.parameters
     assert 0 < decodiff.normal_change < 20
+    assert 5 < decodiff.correction_psnr < 40
     run = folder / "output" / "runs" / "Padim,-small" / "multi" / "seed3"
     assert "Traceback" in (run / "log.txt").read_text()
     assert json.loads((run / "run.json").read_text())["error"].startswith("ValueError: For backbone resnet18")

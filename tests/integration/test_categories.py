@@ -183,8 +183,10 @@ def test_categories_cannot_be_inferred_before_any_were_seen(trained, root: Path,
     from decodiff_anomalib.weights import DenoiserConfig, save_pretrained
 
     denoiser = trained[0].model.denoiser
-    channels = denoiser.unet.config.in_channels
-    config = DenoiserConfig(DENOISER_SIZES["nano"], channels, 2, ("stripes", "grain"), None, "decodiff")
+    shape = denoiser.unet.config
+    config = DenoiserConfig(
+        DENOISER_SIZES["nano"], shape.in_channels, 2, ("stripes", "grain"), None, "decodiff", shape.out_channels
+    )
     save_pretrained(denoiser, config, tmp_path / "weights")
     model = DeCoDiff(image_size=64, weights=tmp_path / "weights")
     with pytest.raises(ValueError, match="has seen no images of its 2 categories yet and cannot infer them"):

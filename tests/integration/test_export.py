@@ -31,6 +31,7 @@ from decodiff_anomalib.export import (
     prediction_pipeline,
 )
 from decodiff_anomalib.export.parity import SCORE_OF_LABEL
+from decodiff_anomalib.export.quantization import QUANTISED_SCOPES
 from decodiff_anomalib.export.sample_images import drawn_images
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -183,7 +184,7 @@ def test_the_graph_has_folded_constants_named_modules_and_no_local_paths(onnx_fi
     assert not [node.name for node in graph.node if set(node.input) <= known]
     modules = {node.name.split("/")[0] for node in graph.node}
     assert not [name for name in modules if "time_proj" in name or "embedding." in name or "attn2.to_" in name]
-    assert {"model.memory_banks.feature.products", "model.memory_banks.detail.products"} <= modules
+    assert set(QUANTISED_SCOPES) - {"model.denoiser"} <= modules
     assert b"site-packages" not in onnx_file.read_bytes()
     assert str(Path(export.__file__).parents[2]).encode() not in onnx_file.read_bytes()
 

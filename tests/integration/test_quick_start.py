@@ -120,7 +120,7 @@ def test_other_levels_come_without_thresholds(checkpoint: Path, data_root: Path,
     assert model.settings.maps.levels == {"feature": 1.0}
     assert not model.post_processor.has_thresholds
     unchanged = DeCoDiff.load_from_checkpoint(checkpoint)
-    assert unchanged.settings.maps.levels == {"latent": 1.0, "feature": 1.0, "detail": 2.0}
+    assert unchanged.settings.maps.levels == {"latent": 1.0, "feature": 1.0}
     assert unchanged.post_processor.has_thresholds
     batches = engine.predict(model, data_path=Path(datamodule.test_data.samples.image_path[0]).parent)
     batch = max(batches, key=lambda batch: float(batch.pred_score[0]))

@@ -18,6 +18,7 @@ METHOD = {
     "discrepancy",
     "exemplars",
     "features",
+    "latent_groups",
     "learning_rate",
     "paper",
     "precision",

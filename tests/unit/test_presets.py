@@ -22,9 +22,10 @@ def test_the_presets_differ_where_they_should() -> None:
     assert paper == Settings()
     assert (paper.denoiser.size, paper.correction.num_steps, paper.corruption.kind) == ("L", 5, "patches")
     assert (paper.maps.pixel_clip, paper.maps.latent_clip) == (0.4, 0.2)
-    assert fast == replace(balanced, training=replace(balanced.training, steps=200))
-    assert balanced.available_levels == ("pixel", "latent", "feature", "detail")
-    assert balanced.magnifications == {"feature": 1.0, "detail": 2.0}
+    latents, training = replace(balanced.latents, magnification=1.0), replace(balanced.training, steps=200)
+    assert fast == replace(balanced, latents=latents, training=training)
+    assert balanced.available_levels == ("pixel", "latent", "feature")
+    assert paper.available_levels == ("pixel", "latent")
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -77,6 +78,11 @@ def test_every_shortcut_is_a_setting() -> None:
         ({"denoiser": {"size": {"breadth": 8}}}, r"denoiser has no breadth; valid: attention, "),
         ({"correction": {"num_steps": 11}}, r"settings\.correction\.num_steps=11 must be between 1 and 10"),
         ({"correction": {"exemplars": -1}}, r"settings\.correction\.exemplars=-1 must be at least 0"),
+        ({"latents": {"normalization": "mine"}}, r"normalization='mine' is unknown; valid: backbone, imagenet, half"),
+        ({"latents": {"references": -1}}, r"settings\.latents\.references=-1 must be at least 0"),
+        ({"corruption": {"variants": 0}}, r"settings\.corruption\.variants=0 must be at least 1"),
+        ({"corruption": {"noise": -1}}, r"settings\.corruption\.noise=-1 must be at least 0"),
+        ({"training": {"loss": "both"}}, r"settings\.training\.loss='both' is unknown; valid: absolute, relative"),
         ({"latents": {"magnification": 0.5}}, r"settings\.latents\.magnification=0.5 must be at least 1"),
         ({"maps": {"pixel_sigma": -1}}, r"settings\.maps\.pixel_sigma=-1 must be at least 0"),
         ({"maps": {"latent_clip": 0}}, r"settings\.maps\.latent_clip=0 must be above 0; 'none' leaves the map"),

@@ -42,7 +42,13 @@ def finish(tmp_path: Path) -> Callable[..., None]:
 
     def write(run: Run, values: dict[str, float], seconds: float, note: str | None = None) -> None:
         costs = dict.fromkeys(VALUES[len(METRICS) :], 1.0)
-        result = costs | {"device": "cpu", "note": note, "train_seconds": seconds, "normal_change": {}}
+        result = costs | {
+            "device": "cpu",
+            "note": note,
+            "train_seconds": seconds,
+            "normal_change": {},
+            "correction_psnr": {},
+        }
         write_record(run.folder(tmp_path), {"configuration": asdict(run), "result": result})
         rows = [{"category": category, **dict.fromkeys(METRICS, value)} for category, value in values.items()]
         rows.append({"category": "mean", **dict.fromkeys(METRICS, 0.123)})

@@ -64,3 +64,13 @@ def test_scratches_are_thin() -> None:
     draw = defects.Draw(torch.Generator().manual_seed(0))
     areas = torch.tensor([float((defects.scratch(draw, images(256, 256)[0]) > 0).float().mean()) for _ in range(20)])
     assert areas.median() < 0.05
+
+
+def test_small_defects_are_several_and_small() -> None:
+    kind = next(kind for kind in defects.KINDS if kind.number[1] > 1)
+    assert kind.number == (2, 6)
+    draw = defects.Draw(torch.Generator().manual_seed(0))
+    for shape in set(kind.shapes):
+        areas = torch.tensor([float((shape(draw, images(256, 256)[0]) > 0).float().mean()) for _ in range(40)])
+        assert areas.max() < 0.01
+        assert (areas > 0).float().mean() > 0.5

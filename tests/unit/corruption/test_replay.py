@@ -9,8 +9,8 @@ def exchange(buffer: ReplayBuffer, first: int, count: int, batch_size: int, seed
     """Add samples numbered from ``first``; the numbers of the returned ones."""
     numbers = torch.arange(first, first + count)
     values = numbers.float().view(-1, 1, 1, 1).expand(-1, 2, 4, 4)
-    latents, deviation, category = buffer.exchange(
-        values, -values, numbers, batch_size, torch.Generator().manual_seed(seed)
+    (latents, deviation), category = buffer.exchange(
+        [values, -values], numbers, batch_size, torch.Generator().manual_seed(seed)
     )
     assert latents.shape == deviation.shape == (batch_size, 2, 4, 4)
     assert torch.equal(latents, -deviation)
@@ -46,7 +46,7 @@ def test_draws_repeat_with_the_seed() -> None:
 def test_a_sample_is_kept_in_half_precision() -> None:
     buffer = ReplayBuffer()
     values = torch.full((1, 1, 2, 2), 1 + 2**-12)
-    fresh, *_ = buffer.exchange(values, values, torch.zeros(1, dtype=torch.long), 1)
+    (fresh,), _ = buffer.exchange([values], torch.zeros(1, dtype=torch.long), 1)
     assert torch.equal(fresh, values)
-    older, *_ = buffer.exchange(torch.zeros_like(values), values, torch.zeros(1, dtype=torch.long), 40)
+    (older,), _ = buffer.exchange([torch.zeros_like(values)], torch.zeros(1, dtype=torch.long), 40)
     assert set(older[1:].flatten().tolist()) == {0.0, 1.0}

@@ -21,7 +21,7 @@ def features(backbone: VisualFeatures) -> torch.Tensor:
     smooth = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic")
     images = (smooth + 0.2 * torch.randn(12, 3, 64, 64, generator=generator)).clamp(-1, 1)
     images[6:] = images[6:] / 3 + 0.6
-    return backbone(images)
+    return backbone(images)["image"]
 
 
 @pytest.fixture(scope="session")
