@@ -383,7 +383,7 @@ class DeCoDiffModel(nn.Module):
                 timesteps = self._draw_timesteps(latents, generator)
                 noise, mask = corrupt_latents(latents, generator=generator)
                 deviation = self.schedule.target(latents, noise, mask, timesteps)
-                references = self.refer(self.schedule.deviate(latents, deviation, timesteps), category)
+                references = self._refer_exactly(self.schedule.deviate(latents, deviation, timesteps), category)
             else:
                 latents, deviation, references, category = self._defect_samples(images, category, replay, generator)
                 timesteps = self._draw_timesteps(latents, generator)
@@ -424,11 +424,16 @@ class DeCoDiffModel(nn.Module):
         encoded = self.encode(torch.cat([fresh, drawn]), own.repeat(1 + settings.variants))
         clean, defective = encoded[: len(fresh)].repeat(settings.variants, 1, 1, 1), encoded[len(fresh) :]
         own = own.repeat(settings.variants)
-        references = self.refer(defective, own)
+        references = self._refer_exactly(defective, own)
         sample = [clean, defective - clean, *([] if references is None else [references])]
         num_samples = max(len(clean), settings.samples_per_step)
         sample, category = replay.exchange(sample, own, num_samples, generator)
         return sample[0], sample[1], None if references is None else sample[2], category
+
+    def _refer_exactly(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor | None:
+        """As :meth:`refer`, in full precision: entries of a bank differ by less than half precision tells apart."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.refer(latents.float(), category)
 
     def _draw_timesteps(self, latents: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """Random timesteps ``(B,)`` of those to learn."""

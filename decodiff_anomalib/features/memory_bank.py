@@ -36,10 +36,8 @@ class MemoryBank(nn.Module):
             category: Category index ``(B,)``; ``K`` searches the bank of all categories.
         """
         # The nearest entry minimises |a - b|^2 - |a|^2, a matrix product: torch.cdist has no ONNX counterpart.
-        with torch.autocast(latents.device.type, enabled=False):  # these differ little between entries
-            positions = latents.flatten(2).mT
-            products = self.products(-2 * positions, self.bank[category].mT)
-            index = (products + self.bank_energy[category][:, None]).argmin(2)
+        products = self.products(-2 * latents.flatten(2).mT, self.bank[category].mT)
+        index = (products + self.bank_energy[category][:, None]).argmin(2)
         nearest = self.bank[category[:, None], index]
         return nearest.mT.unflatten(2, latents.shape[-2:])
 

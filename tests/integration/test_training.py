@@ -100,10 +100,10 @@ class StepsOfValidation(Callback):
 
 
 @pytest.mark.parametrize(
-    ("engine", "steps"), [({"max_epochs": 2}, 34), ({"max_steps": 3}, 3), ({"max_steps": 19}, 19), ({}, 4)]
+    ("engine", "steps"), [({"max_epochs": 1}, 34), ({"max_steps": 3}, 3), ({"max_steps": 19}, 19), ({}, 4)]
 )
 def test_a_duration_given_to_the_trainer_goes_first(gravel: Path, tmp_path: Path, engine: dict, steps: int) -> None:
-    data = MVTecAD(gravel.parent, gravel.name, train_batch_size=16, num_workers=0)  # 68 images, read by 4: 17 steps
+    data = MVTecAD(gravel.parent, gravel.name, train_batch_size=16, num_workers=0)  # 68 images, read by 2: 34 steps
     validation = StepsOfValidation()
     model = fit(tmp_path, data, engine=engine | {"callbacks": [validation]}, features="none")
     assert model.trainer.global_step == validation.steps[-1] == steps
@@ -119,9 +119,10 @@ def test_a_duration_given_to_the_trainer_goes_first(gravel: Path, tmp_path: Path
 def test_validation_comes_when_the_trainer_is_told_to(
     gravel: Path, tmp_path: Path, engine: dict, steps: list[int]
 ) -> None:
-    data = MVTecAD(gravel.parent, gravel.name, num_workers=0)  # 17 steps an epoch
+    data = MVTecAD(gravel.parent, gravel.name, num_workers=0)
     validation = StepsOfValidation()
-    fit(tmp_path, data, engine=engine | {"callbacks": [validation]}, train_steps=20, features="none")
+    settings = {"corruption": {"fresh_per_step": 4}}  # 17 steps an epoch
+    fit(tmp_path, data, engine=engine | {"callbacks": [validation]}, train_steps=20, features="none", settings=settings)
     assert validation.steps == steps
 
 

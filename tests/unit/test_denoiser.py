@@ -90,7 +90,8 @@ def test_folded_denoiser_gives_the_same_prediction(size: str | DenoiserSize) -> 
 
 
 def test_folding_keeps_convolutions_and_self_attention_and_shares_their_weights() -> None:
-    for size, kept in {"nano": ".time_emb_proj.", DenoiserSize(16, 8, 12, norm_groups=4): None}.items():
+    modulated = DenoiserSize(16, 8, 12, norm_groups=4, modulated=True)
+    for size, kept in {modulated: ".time_emb_proj.", DenoiserSize(16, 8, 12, norm_groups=4): None}.items():
         denoiser = random_denoiser(size)
         folded = FoldedDenoiser(denoiser, [9, 4])
         addresses = {parameter.data_ptr() for parameter in denoiser.parameters()}

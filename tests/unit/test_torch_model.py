@@ -288,6 +288,14 @@ def test_the_relative_loss_divides_by_the_deviation_of_each_sample() -> None:
     assert value.item() == pytest.approx((energy / (energy + 0.02)).mean().item(), rel=1e-3)
 
 
+def test_the_search_for_references_is_exact_where_training_computes_in_half_precision(conditioned) -> None:
+    model, images, category = conditioned
+    latents = model.encode(images, category)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model._refer_exactly(latents, category)
+    assert torch.equal(found, model.refer(latents, category))
+
+
 def test_noise_is_no_part_of_the_deviation() -> None:
     """The loss of a zero prediction stays the energy of the deviation."""
     category, losses = torch.zeros(2, dtype=torch.long), []

@@ -35,7 +35,7 @@ def resolved(run: Run) -> Settings:
 def test_ablations_differ_from_the_line_before_them_as_named(root: Path) -> None:
     grid = make_grid(yaml.safe_load((CONFIG.parent / "ablation.yaml").read_text())["benchmark"], root)
     settings = {run.model: resolved(run) for run in grid}
-    assert {each.training.steps for each in settings.values()} == {100}
+    assert {each.training.steps for each in settings.values()} == {200}
     default = settings.pop("default")
     changed = {
         name: [

@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,12 +103,13 @@ def test_fewer_blocks_and_less_attention_are_recognised(
     tmp_path: Path, make_denoiser, save_official, assert_same_weights
 ) -> None:
     """Resolutions without attention and one residual block each: the rule for names covers them."""
-    denoiser = make_denoiser(size=replace(DENOISER_SIZES["nano"], modulated=False))
-    attention = DENOISER_SIZES["nano"].attention
+    attention = (False, False, True)
+    size = DenoiserSize(32, 8, 64, attention=attention, dropout=0.0, layers=1, norm_groups=8)
+    denoiser = make_denoiser(size=size)
     assert len({official_key(key, 1, attention) for key in denoiser.state_dict()}) == len(denoiser.state_dict())
     loaded, info = load_official(save_official(tmp_path / "last.pt", denoiser))
     assert info.size.attention == attention
-    assert info.size.head_channels == DENOISER_SIZES["nano"].head_channels
+    assert info.size.head_channels == size.head_channels
     assert_same_weights(loaded, denoiser)
 
 
