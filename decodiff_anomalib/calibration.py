@@ -7,10 +7,11 @@ import torch
 from scipy import stats
 from torch import nn
 
+FEWEST_NORMALS = 4  # images that set a threshold: of two or three, the prediction limit is out of all reach
 HIGH_QUANTILE = 0.99
 RINGS = 4  # three along the border, and the interior
 RING_WIDTH = 8  # pixels, a cell of the latent grid
-SMALLEST = 1e-6  # of a map's values, so that logarithms are finite
+SMALLEST = 1e-6  # of a map's values and of the spread of logarithms, so that all stays finite
 
 
 def prediction_limit(values: torch.Tensor, rate: float) -> torch.Tensor:
@@ -29,7 +30,8 @@ def prediction_limit(values: torch.Tensor, rate: float) -> torch.Tensor:
     logs = values.clamp_min(torch.finfo(values.dtype).tiny).double().log()
     count = len(logs)
     quantile = float(stats.t.ppf(1 - rate, df=count - 1))
-    return (logs.mean() + quantile * logs.std() * math.sqrt(1 + 1 / count)).exp()
+    spread = logs.std().clamp_min(SMALLEST)  # equal values stay below their limit in single precision, too
+    return (logs.mean() + quantile * spread * math.sqrt(1 + 1 / count)).exp()
 
 
 class NormalRange(nn.Module):

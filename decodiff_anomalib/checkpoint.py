@@ -11,24 +11,31 @@ import logging
 import math
 from contextvars import ContextVar
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.presets import SHORTCUTS, merge_overrides
 from decodiff_anomalib.settings import NONE, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from lightning.pytorch import Trainer
+
     from decodiff_anomalib.callbacks import TrainingDuration
+    from decodiff_anomalib.corruption import ReplayBuffer
     from decodiff_anomalib.torch_model import DeCoDiffModel
 
 logger = logging.getLogger(__name__)
 
 KEY = "decodiff"
+PROGRESS = "decodiff_progress"  # of a training that has not ended
 FROZEN = ("model.codec.", "model.features.", "model.feature_latents.", "model.memory_banks.", "model.exemplars.")
 """Parts that training does not change."""
 
@@ -166,6 +173,42 @@ def share_frozen(checkpoint: Checkpoint) -> None:
             unaveraged[name] = checkpoint["state_dict"][name]
 
 
+# ---------------------------------------------------------------- the file
+
+
+class AtomicCheckpointIO(AnomalibCheckpointIO):
+    """Anomalib's reader and writer of checkpoints, which replaces a file only by a whole one.
+
+    Lightning stages the file in the folder of temporary files; on another file system, the last step is a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: Any | None = None) -> None:
+        """Write the file.
+
+        Raises:
+            OSError: If it cannot be written; the file that was there before is then as it was.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            with atomic_write(Path(path)) as staged:
+                torch.save(checkpoint, staged)
+        except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into the latter
+            msg = (
+                f"The checkpoint '{path}' cannot be written: {error}. If it was there before, it is as it was. Make "
+                "room, and go on from it with --ckpt_path."
+            )
+            raise OSError(msg) from error
+
+
+def use_atomic_checkpoints(trainer: Trainer) -> None:
+    """Write checkpoints by :class:`AtomicCheckpointIO`, unless the user chose another writer."""
+    chosen = trainer.strategy.checkpoint_io
+    if type(chosen) is AnomalibCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO(chosen.extra_safe_globals)
+
+
 # ---------------------------------------------------------------- the hooks of Lightning
 
 
@@ -186,6 +229,10 @@ class CheckpointMixin(LightningModule):
     _duration: TrainingDuration
     _image_size: tuple[int, int]
     _source_categories: tuple[str, ...] | None
+    seed: int
+    _generator: torch.Generator
+    _replay: ReplayBuffer
+    _resumed_from: str | Path | None = None
     _build_model: Callable[..., DeCoDiffModel]
     _fix_category: Callable[[], None]
 
@@ -205,6 +252,15 @@ class CheckpointMixin(LightningModule):
         checkpoint["hyper_parameters"] |= {"codec": None, "weights": None, "init_from": None}
         checkpoint[KEY] = self._identity(self.model.codec.spec)
         share_frozen(checkpoint)
+        checkpoint[KEY]["seed"] = self.seed
+        if self._is_training() and not self._is_complete():
+            checkpoint[PROGRESS] = {"generator": self._generator.get_state(), "replay": self._replay.state_dict()}
+
+    def _is_training(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    def _is_complete(self) -> bool:
+        return self.trainer.global_step >= self._duration.total_steps(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the model that was saved, whatever arguments this one was given.
@@ -216,13 +272,16 @@ class CheckpointMixin(LightningModule):
             ValueError: If the checkpoint is another model's, contradicts an argument that was given, or training is to
                 be resumed with other categories.
         """
+        if self._is_tested_after_resuming():
+            self._keep_what_was_trained(checkpoint)
+            return
         super().on_load_checkpoint(checkpoint)
         saved = saved_identity(checkpoint)
         requested = self._identity(self._codec_spec())
         check_arguments(saved, requested, self._given_arguments())
-        training = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if training:
+        if self._is_training():
             check_categories(saved, self.categories)
+            self._take_up(checkpoint)
         replace_metrics(checkpoint, self.state_dict())
         given = merge_overrides(self.hparams["settings"], {name: self.hparams[name] for name in SHORTCUTS})
         self.settings = loaded_settings(saved, given)
@@ -240,6 +299,39 @@ class CheckpointMixin(LightningModule):
         if self._trainer is not None and self.trainer.datamodule is not None:
             # It was set up for the size of the model before, to which its images would be resized first.
             self.trainer.datamodule.setup(self.trainer.state.fn)
+
+    def _take_up(self, checkpoint: Checkpoint) -> None:
+        """Go on with the random numbers and samples of an interrupted training.
+
+        Raises:
+            ValueError: If the seed is another one, and with it the images that are held out.
+        """
+        seed = checkpoint[KEY].get("seed", self.seed)
+        if seed != self.seed:
+            msg = (
+                f"The checkpoint was trained with seed {seed}, which chose the images that set thresholds; training "
+                f"cannot go on with seed {self.seed}. Resume with --model.seed {seed}."
+            )
+            raise ValueError(msg)
+        self._resumed_from = self.trainer.ckpt_path
+        progress = checkpoint.get(PROGRESS)
+        if progress and self.trainer.world_size == 1:  # other processes drew other numbers than the first, which saved
+            self._generator.set_state(progress["generator"].cpu())
+            self._replay.load_state_dict(progress["replay"])
+
+    def _is_tested_after_resuming(self) -> bool:
+        if self._trainer is None or self._is_training() or self._resumed_from is None:
+            return False
+        return Path(self.trainer.ckpt_path) == Path(self._resumed_from)
+
+    def _keep_what_was_trained(self, checkpoint: Checkpoint) -> None:
+        """Test the weights of a resumed training, not those it began with: ``anomalib train --ckpt_path`` does both."""
+        logger.warning(
+            "Training went on from %s; what it ended with is tested, not that file. To test the file itself, load it "
+            "with DeCoDiff.load_from_checkpoint.",
+            self._resumed_from,
+        )
+        checkpoint["state_dict"], checkpoint["callbacks"] = self.state_dict(), {}
 
     def _identity(self, codec: str | dict[str, Any] | None) -> dict[str, Any]:
         return identity(self.settings, self._image_size, codec, self.categories)

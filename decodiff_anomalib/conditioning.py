@@ -23,6 +23,7 @@ DEFAULT_CATEGORY = "product"
 CELLS = 8
 QUANTILES = (0.3, 0.7)
 SPREAD_FLOOR = 0.3
+SMALLEST_SPREAD = 1e-3  # of pooled features, and of distances: constant images have none
 UNKNOWN_RATE, MARGIN = 0.01, 1.5
 
 
@@ -157,7 +158,7 @@ class CategoryRouter(nn.Module):
             self.trained[index] = True
             spreads.append(cells[of_category].double().std((0, 2)))
         spread = torch.stack(spreads).mean(0)
-        spread = spread.clamp_min(SPREAD_FLOOR * spread.mean()).repeat(len(QUANTILES))
+        spread = spread.maximum((SPREAD_FLOOR * spread.mean()).clamp_min(SMALLEST_SPREAD)).repeat(len(QUANTILES))
         residual = described - self.prototypes[category]
         covariance = residual.T @ residual / len(residual) + spread.square().diag()
         self.whitening.copy_(torch.linalg.cholesky(torch.linalg.inv(covariance)))
@@ -173,4 +174,5 @@ class CategoryRouter(nn.Module):
         for index in category.unique():
             of_category = distances[category == index, index]
             if len(of_category) > 1:
-                self.limits[index] = MARGIN * prediction_limit(of_category, UNKNOWN_RATE)
+                limit = prediction_limit(of_category, UNKNOWN_RATE).clamp_min(SMALLEST_SPREAD)
+                self.limits[index] = MARGIN * limit

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,16 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from torchvision.transforms.v2.functional import center_crop
 
-from decodiff_anomalib.callbacks import HoldOutNormals, ImageFiles, LoaderLimits, TrainingDuration, WeightAveraging
-from decodiff_anomalib.checkpoint import CheckpointMixin, builds_model
+from decodiff_anomalib.callbacks import (
+    HoldOutNormals,
+    ImageFiles,
+    Interruption,
+    LoaderLimits,
+    RepeatableOrder,
+    TrainingDuration,
+    WeightAveraging,
+)
+from decodiff_anomalib.checkpoint import CheckpointMixin, builds_model, use_atomic_checkpoints
 from decodiff_anomalib.conditioning import (
     GIVEN,
     INFERRED,
@@ -84,7 +93,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         calibration_split: Share of the training images held out to set thresholds where the datamodule would use test
             images; 0 lets it use them.
         false_alarm_rate: Share of normal images to be called anomalous, which sets the threshold.
-        seed: Makes training repeat: weights, order of images, corruption.
+        seed: Makes training repeat: weights, order of images, corruption. By default ``seed_everything``'s, else 0.
         pre_processor: As in Anomalib.
         post_processor: As in Anomalib.
         evaluator: As in Anomalib.
@@ -115,7 +124,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         settings: SettingsOverrides = SettingsOverrides(),  # noqa: B008 - never changed
         calibration_split: float = 0.15,
         false_alarm_rate: float = 0.01,
-        seed: int = 0,
+        seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: DeCoDiffPostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -152,7 +161,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             arguments |= {"denoiser": config.denoiser, "codec": arguments["codec"] or config.codec}
         self.settings = resolve(preset, settings, arguments)
         self.hparams["settings"] = given_overrides(settings)  # plain data, as checkpoints need it
-        self.seed = seed
+        self.seed = _global_seed() if seed is None else seed
         self.calibration_split = calibration_split
         self.category = category
         self.categories: tuple[str, ...] = category_names(None)
@@ -221,7 +230,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         """Anomalib's components, then those of :mod:`decodiff_anomalib.callbacks`.
 
         Lightning calls this before the datamodule reads its folders, so that these are checked here. Weight averaging
-        comes last: it must swap weights back after the others saw the validation.
+        comes late: it must swap weights back after the others saw the validation, and before they are saved.
         """
         if self._trainer is None:
             return list(super().configure_callbacks())
@@ -234,6 +243,9 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             check_folders(datamodule)
         if self.trainer.state.fn != TrainerFn.FITTING:
             return [*components, self._image_files]
+        self._duration.prepare(self.trainer)
+        use_atomic_checkpoints(self.trainer)
+        self._follow_seed()
         self._adopt_categories(category_names(datamodule))
         settings = self.settings
         drawn_on = settings.corruption.fresh_per_step if settings.corruption.kind == "defects" else None
@@ -242,12 +254,22 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             *components,
             LoaderLimits(drawn_on),
             HoldOutNormals(self.calibration_split, self.seed),
+            RepeatableOrder(self.seed),
             self._image_files,  # after the split, whose images it checks
             self._duration,
-            *([WeightAveraging(decay=decay, use_buffers=False)] if decay else []),
+            *([WeightAveraging(decay)] if decay else []),
+            Interruption(),
         ]
 
     # ---------------------------------------------------------------- categories
+
+    def _follow_seed(self) -> None:
+        """Draw the initial weights anew, if no seed was given and ``seed_everything`` has set another since."""
+        seed = _global_seed() if self.hparams["seed"] is None else self.seed
+        if seed != self.seed:
+            self.seed = seed
+            if self._source_categories is None:
+                self.model = self._build_model(self.model.codec, self.model).to(self.device)
 
     def _adopt_categories(self, names: tuple[str, ...]) -> None:
         """Rebuild the model for the categories to train on, keeping the denoiser's weights for those it knows."""
@@ -318,9 +340,9 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         """Seed a training."""
         if stage == "fit":
             seed_everything(self.seed, workers=True)
-            self._generator = torch.Generator().manual_seed(self.seed + self.global_rank)
             from decodiff_anomalib.corruption import ReplayBuffer
 
+            self._generator = torch.Generator().manual_seed(self.seed + self.global_rank)
             self._replay = ReplayBuffer()
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -360,8 +382,20 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         del batch_idx
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._trains_in_bfloat16):
             loss = self.model.training_loss(batch.image, self._named_category(batch), self._replay, self._generator)
+        self._check_loss(loss, batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.image))
         return loss
+
+    def _check_loss(self, loss: torch.Tensor, batch: Batch) -> None:
+        if not loss.isfinite():
+            paths = ", ".join(map(str, batch.image_path or ())) or "without a path"
+            names = ", ".join(sorted({self.categories[index] for index in self._named_category(batch).tolist()}))
+            msg = (
+                f"The training loss is {loss.item()} in step {self.trainer.global_step + 1}, at images of {names}: "
+                f"{paths}. The checkpoints of before are whole. Train with a smaller --model.learning_rate, or look at "
+                "these images."
+            )
+            raise ValueError(msg)
 
     @property
     def _trains_in_bfloat16(self) -> bool:
@@ -449,6 +483,11 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         batch.pred_category = [names[index] for index in outputs.category_index.tolist()]
         batch.correction = outputs.correction / 2 + 0.5  # in [0, 1], as images are
         return batch
+
+
+def _global_seed() -> int:
+    """What ``seed_everything`` set, 0 by default."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def _as_size(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import CatMetric
 
-from decodiff_anomalib.calibration import prediction_limit
+from decodiff_anomalib.calibration import FEWEST_NORMALS, prediction_limit
 from decodiff_anomalib.conditioning import category_indices, category_names, vocabulary
 
 logger = logging.getLogger(__name__)
@@ -108,10 +108,19 @@ class DeCoDiffPostProcessor(PostProcessor):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args, **kwargs
     ) -> None:
-        """Collect the scores and the highest pixels of the normal images of a batch."""
+        """Collect the scores and the highest pixels of the normal images of a batch.
+
+        Raises:
+            ValueError: If a score is not a number, which would be left out without a word.
+        """
         del pl_module, args, kwargs
         if trainer.sanity_checking:
             return
+        if outputs.pred_score.isnan().any():
+            index = int(outputs.pred_score.flatten().isnan().nonzero()[0])
+            name = outputs.image_path[index] if outputs.image_path else f"{index} of a batch"
+            msg = f"The score of validation image {name} is not a number. Look at the image, or train anew."
+            raise ValueError(msg)
         normal = torch.ones_like(outputs.pred_score, dtype=torch.bool)
         if outputs.gt_label is not None:
             normal = ~outputs.gt_label.bool()
@@ -132,13 +141,16 @@ class DeCoDiffPostProcessor(PostProcessor):
         del pl_module
         if not self._normal_scores.update_called:
             return
-        scores, category = self._normal_scores.compute(), self._normal_categories.compute()
+        scores, category = (metric.compute().reshape(-1) for metric in (self._normal_scores, self._normal_categories))
         tails = self._normal_pixel_tails.compute() if self._normal_pixel_tails.update_called else None
         for metric in (self._normal_scores, self._normal_pixel_tails, self._normal_categories):
             metric.reset()
-        if len(scores) < 2:
+        if len(scores) < FEWEST_NORMALS:
             logger.warning(
-                "One normal validation image sets no threshold; 2 are needed, %d are recommended.", MIN_NORMALS
+                "%d normal validation images set no threshold; %d are needed, %d are recommended.",
+                len(scores),
+                FEWEST_NORMALS,
+                MIN_NORMALS,
             )
             return
         few = {}
@@ -147,7 +159,7 @@ class DeCoDiffPostProcessor(PostProcessor):
             count = len(scores[chosen])
             if 0 < count < MIN_NORMALS:
                 few[name or "all categories"] = count
-            if count < 2:
+            if count < FEWEST_NORMALS:
                 continue
             self.image_thresholds[index] = prediction_limit(scores[chosen], self.false_alarm_rate)
             if tails is not None:
@@ -219,12 +231,12 @@ class DeCoDiffPostProcessor(PostProcessor):
         if ood_score is not None:
             ood_score = ood_score.view_as(score)
             score = torch.where(ood_score > 1, torch.maximum(score, ood_score / (ood_score + 1)), score)
-        pred_label = score > 1 - self.image_sensitivity
+        pred_label = ~(score <= 1 - self.image_sensitivity)  # what cannot be scored (NaN) does not pass
         if anomaly_map is None:
             return InferenceBatch(pred_label=pred_label, pred_score=score)
         threshold = self._threshold(self.pixel_thresholds, category).view(-1, *[1] * (anomaly_map.ndim - 1))
         pixels = _normalise(anomaly_map, threshold)
-        pred_mask = pixels > 1 - self.pixel_sensitivity
+        pred_mask = ~(pixels <= 1 - self.pixel_sensitivity)
         return InferenceBatch(pred_label=pred_label, pred_score=score, pred_mask=pred_mask, anomaly_map=pixels)
 
     @staticmethod

@@ -25,6 +25,8 @@ from decodiff_anomalib.settings import Settings
 
 CODEC = "codec"  # the name of its group of latents; those of the features have the backbone's names
 MIN_LATENT_STD = 0.2
+GREY_LEVEL = 2 / 255  # of 8 bits, for images in [-1, 1]: what constant images vary by at least
+MIN_DEVIATION = 1e-4  # of latents of unit variance; smaller units would make rounding errors visible
 LEAST_DEVIATION = 0.02  # mean square, below which the relative loss does not grow further
 CHUNK = 16  # images that are fitted or measured at once
 
@@ -472,7 +474,8 @@ class DeCoDiffModel(nn.Module):
         for row, chosen in _rows(category):
             variance, mean = torch.var_mean(latents[chosen], dim=(0, 2, 3), keepdim=True)
             self.latent_mean[row] = mean[0]
-            self.latent_std[row] = variance[0].sqrt().clamp_min(MIN_LATENT_STD * variance.mean().sqrt())
+            smallest = (MIN_LATENT_STD * variance.mean().sqrt()).clamp_min(GREY_LEVEL)
+            self.latent_std[row] = variance[0].sqrt().maximum(smallest)
 
     def _fit_features(
         self,
@@ -519,7 +522,7 @@ class DeCoDiffModel(nn.Module):
         corrected = [self.correct(batch.latents, batch.references, batch.category) for batch in observed]
         pairs = zip(corrected, observed, strict=True)
         corrections = torch.cat([(after - batch.latents).abs().mean((2, 3), keepdim=True) for after, batch in pairs])
-        corrections = corrections.clamp_min(torch.finfo(images.dtype).tiny)
+        corrections = corrections.clamp_min(MIN_DEVIATION)
         for row, chosen in rows:
             self.normal_deviation[row] = corrections[chosen].mean(0)
 

@@ -2,8 +2,18 @@
 
 from decodiff_anomalib.callbacks.hold_out_normals import HoldOutNormals
 from decodiff_anomalib.callbacks.image_files import ImageFiles
+from decodiff_anomalib.callbacks.interruption import Interruption
 from decodiff_anomalib.callbacks.loader_limits import LoaderLimits
+from decodiff_anomalib.callbacks.repeatable_order import RepeatableOrder
 from decodiff_anomalib.callbacks.training_duration import TrainingDuration
 from decodiff_anomalib.callbacks.weight_averaging import WeightAveraging
 
-__all__ = ["HoldOutNormals", "ImageFiles", "LoaderLimits", "TrainingDuration", "WeightAveraging"]
+__all__ = [
+    "HoldOutNormals",
+    "ImageFiles",
+    "Interruption",
+    "LoaderLimits",
+    "RepeatableOrder",
+    "TrainingDuration",
+    "WeightAveraging",
+]

@@ -2,10 +2,12 @@
 
 import logging
 
-from anomalib.data.utils.split import ValSplitMode, random_split
-from lightning.pytorch import LightningModule, Trainer
+from anomalib.data.utils import LabelName, ValSplitMode
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from decodiff_anomalib.calibration import FEWEST_NORMALS
 from decodiff_anomalib.callbacks.data_overrides import DataOverrides
+from decodiff_anomalib.data.normal_images import hold_out
 
 logger = logging.getLogger(__name__)
 
@@ -24,29 +26,48 @@ class HoldOutNormals(DataOverrides):
         self.seed = seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Split the training images.
+        """Split the training images, and check that there are enough to set thresholds.
 
         Raises:
-            ValueError: If fewer than two images would be held out.
+            ValueError: If there are too few training images to hold some out, or too few normal validation images.
         """
         del pl_module
         datamodule = trainer.datamodule
-        on_test = {ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST, ValSplitMode.NONE}
-        if stage != "fit" or not self.share or getattr(datamodule, "val_split_mode", None) not in on_test:
+        if stage != "fit" or datamodule is None:
             return
+        on_test = {ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST, ValSplitMode.NONE}
+        if self.share and getattr(datamodule, "val_split_mode", None) in on_test:
+            self._hold_out(datamodule)
+        self._check_validation(datamodule)
+
+    def _hold_out(self, datamodule: LightningDataModule) -> None:
         train_data = datamodule.train_data
-        if round(len(train_data) * self.share) < 2:
+        if len(train_data) < 2 * FEWEST_NORMALS:
             msg = (
-                f"{len(train_data)} training images leave fewer than 2 to set thresholds at "
-                f"calibration_split={self.share}. Give more images or a larger share; "
-                "calibration_split=0 uses the datamodule's own validation images."
+                f"There are {len(train_data)} training images; {2 * FEWEST_NORMALS} or more are needed, "
+                f"{FEWEST_NORMALS} of them to set thresholds. Add normal images, or give validation images of the "
+                "datamodule's own and calibration_split=0."
             )
             raise ValueError(msg)
-        remaining, held_out = random_split(train_data, self.share, seed=self.seed)
+        remaining, held_out = hold_out(train_data, self.share, self.seed)
         self.override(datamodule, train_data=remaining, val_data=held_out)
-        datamodule.setup(stage)  # gives the held-out images the augmentations of validation
+        datamodule.setup("fit")  # gives the held-out images the augmentations of validation
         logger.info(
             "Held out %d of %d training images to set thresholds; test images are not used for it.",
             len(held_out),
             len(train_data),
         )
+
+    @staticmethod
+    def _check_validation(datamodule: LightningDataModule) -> None:
+        val_data = getattr(datamodule, "val_data", None)
+        labels = getattr(getattr(val_data, "samples", None), "label_index", None)
+        if val_data is not None and labels is None:  # a dataset that does not tell
+            return
+        normal = 0 if labels is None else int((labels == LabelName.NORMAL).sum())
+        if normal < FEWEST_NORMALS:
+            msg = (
+                f"There are {normal} normal validation images; thresholds need {FEWEST_NORMALS} or more. Add some, or "
+                "let training images be held out: calibration_split=0.15, or val_split_mode=from_train of the data."
+            )
+            raise ValueError(msg)

@@ -4,13 +4,14 @@ import math
 import time
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 LIGHTNING_DEFAULT_EPOCHS = 1000
 VALIDATIONS_PER_FIT = 3
 
 
 class TrainingDuration(Callback):
-    """Trains for a number of steps unless the user gave the trainer a duration, and ends with a validation.
+    """Trains for a number of steps unless the user gave the trainer a duration, and always ends with a validation.
 
     Args:
         steps: Optimiser steps.
@@ -19,6 +20,26 @@ class TrainingDuration(Callback):
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self._began: tuple[float, int] | None = None
+        self._validated_step = -1
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Check the trainer, and leave it to :meth:`on_train_start` when to validate.
+
+        Before the callbacks' ``setup``, in which early stopping reads the interval of validations.
+
+        Raises:
+            ValueError: If validation is switched off.
+            RuntimeError: If the trainer has trained before; Lightning would end at once, without a word.
+        """
+        if trainer.fit_loop.epoch_progress.current.processed:
+            msg = "This Engine has trained a model and would not train another one. Give each model its own Engine."
+            raise RuntimeError(msg)
+        if trainer.limit_val_batches == 0:
+            msg = "limit_val_batches=0 leaves no images to set thresholds on. Leave it out, or give 1 or more."
+            raise ValueError(msg)
+        defaults = trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0
+        if self.is_left_to_the_model(trainer) and defaults:
+            trainer.check_val_every_n_epoch = None  # then Lightning counts batches, over epochs
 
     @staticmethod
     def is_left_to_the_model(trainer: Trainer) -> bool:
@@ -41,8 +62,7 @@ class TrainingDuration(Callback):
         if self.is_left_to_the_model(trainer):
             trainer.fit_loop.max_epochs = math.ceil(self.steps / self.steps_per_epoch(trainer))
             trainer.fit_loop.epoch_loop.max_steps = self.steps
-            if trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0:  # Lightning's defaults
-                trainer.check_val_every_n_epoch = None  # then Lightning counts batches, over epochs
+            if trainer.check_val_every_n_epoch is None and trainer.val_check_interval == 1.0:
                 trainer.val_check_batch = math.ceil(self.steps / VALIDATIONS_PER_FIT) * trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object, **__: object) -> None:
@@ -59,3 +79,22 @@ class TrainingDuration(Callback):
         """Stop at ``max_steps`` as early stopping does: with a validation, since thresholds are of earlier weights."""
         if 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember which weights thresholds are of."""
+        del pl_module
+        self._validated_step = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate and save the weights that training ended with, whatever ended it."""
+        del pl_module
+        if self._validated_step == trainer.global_step:
+            return
+        saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        before = [callback.best_model_path for callback in saved]
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        for callback, path in zip(saved, before, strict=True):
+            if callback.best_model_path == path != "":  # of these weights already, but without thresholds
+                trainer.save_checkpoint(path)

@@ -1,15 +1,26 @@
 """An exponential moving average of the weights."""
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging as LightningWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class WeightAveraging(EMAWeightAveraging):
+class WeightAveraging(LightningWeightAveraging):
     """Lightning's exponential moving average, which swaps weights and buffers for validation and back.
 
     Buffers measured in validation (thresholds, normal ranges) are kept by both the averaged and the trained model:
     Lightning saves the first as the model and the second as its callbacks, of which the post-processor is one.
+
+    Args:
+        decay: Of the average.
     """
+
+    def __init__(self, decay: float) -> None:
+        # Interpolates, which leaves frozen weights exactly as they are; EMAWeightAveraging adds two products.
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap weights back, keep the buffers."""
@@ -17,3 +28,19 @@ class WeightAveraging(EMAWeightAveraging):
         super().on_validation_epoch_end(trainer, pl_module)
         for buffer, value in zip(pl_module.buffers(), measured, strict=True):
             buffer.copy_(value)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Swap weights back, if training is interrupted in the middle of a validation."""
+        del exception
+        if trainer.validating:
+            self.on_validation_epoch_end(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Load the average into a copy of the model that the checkpoint has just rebuilt.
+
+        Only to resume. A test after a fit has this callback, too, and Lightning's would replace the averaged weights
+        that are to be tested by those that training goes on with.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup(trainer, pl_module, "fit")
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)

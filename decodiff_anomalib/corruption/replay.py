@@ -1,6 +1,7 @@
 """A replay buffer of recent training samples: drawing and encoding a defect costs more than a step on it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +20,14 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All samples, for a checkpoint."""
+        return {"samples": self._samples, "next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the samples of :meth:`state_dict`."""
+        self._samples, self._next = list(state["samples"]), state["next"]
 
     def exchange(
         self,

@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import Transform
 
 from decodiff_anomalib.data.dataset import HomogeneousBatchSampler, MultiCategoryDataset
 from decodiff_anomalib.data.layout import CategoryFolder, find_categories, read_layout
+from decodiff_anomalib.data.normal_images import hold_out
 
 SUBSETS = ("train", "val", "test")
 
@@ -234,7 +235,10 @@ class MultiCategory(AnomalibDataModule):
             raise TypeError(msg)
         if not uses_own_validation:
             inner.val_split_mode = self.val_split_mode
-        inner._create_val_split()  # noqa: SLF001 - method of our own base class, which setup() would call too early
+        if inner.val_split_mode == ValSplitMode.FROM_TRAIN:
+            inner.train_data, inner.val_data = hold_out(inner.train_data, self.val_split_ratio, self.seed)
+        else:
+            inner._create_val_split()  # noqa: SLF001 - of our own base class; setup() would call it too early
         if self.val_split_mode != ValSplitMode.NONE and not len(getattr(inner, "val_data", ())):
             msg = (
                 f"val_split_mode={self.val_split_mode.value} and val_split_ratio={self.val_split_ratio} give no "

@@ -1,13 +1,34 @@
-"""A sample of the normal images of each category."""
+"""Normal training images: some held out to set thresholds, and a sample of each category."""
 
 import math
 from collections.abc import Callable, Iterable
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataset, Batch
+from anomalib.data.utils.split import random_split
+
+from decodiff_anomalib.calibration import FEWEST_NORMALS
 
 IMAGES, IMAGES_OF_CATEGORY = 128, 24
 """Images in total, and at least of each category."""
+
+
+def hold_out(dataset: AnomalibDataset, share: float, seed: int) -> tuple[AnomalibDataset, AnomalibDataset]:
+    """Split off images at random: a share of them, but at least as many as set a threshold, or half of fewer than 8.
+
+    Args:
+        dataset: Of ``N`` images.
+        share: To hold out, in (0, 1).
+        seed: Chooses them.
+
+    Returns:
+        tuple[AnomalibDataset, AnomalibDataset]: The remaining and the held-out images.
+    """
+    total = len(dataset)
+    held_out = max(int(total * share), min(FEWEST_NORMALS, total // 2))
+    # Anomalib rounds the two parts separately; in the middle between two counts, they cannot disagree.
+    remaining, chosen = random_split(dataset, (held_out + 0.5) / total, seed=seed)
+    return remaining, chosen
 
 
 def collect_normal_images(

@@ -3,6 +3,7 @@
 import torch
 
 FLOOR = 0.3
+SMALLEST = 1e-3  # standard deviation of a component, for features of unit length: constant images have none
 
 
 def whitening_matrix(points: torch.Tensor, channels: int | None = None) -> torch.Tensor:
@@ -17,5 +18,5 @@ def whitening_matrix(points: torch.Tensor, channels: int | None = None) -> torch
     """
     variances, components = torch.linalg.eigh(torch.cov(points.T.double()))
     variances, components = variances.flip(0)[:channels].clamp_min(0), components.flip(1)[:, :channels]
-    scale = variances.sqrt().clamp_min(FLOOR * variances.mean().sqrt())
+    scale = variances.sqrt().maximum((FLOOR * variances.mean().sqrt()).clamp_min(SMALLEST))
     return (components / scale).T

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.data.utils.split import ValSplitMode
 from lightning.pytorch import LightningModule
 from PIL import Image
@@ -20,9 +20,16 @@ from decodiff_anomalib.callbacks import (
     LoaderLimits,
     TrainingDuration,
     WeightAveraging,
-    hold_out_normals,
     training_duration,
 )
+
+
+class Images(AnomalibDataset):
+    """Normal images that are never read."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.samples = pd.DataFrame({"image_path": [__file__] * count, "split": "train", "label_index": 0})
 
 
 class Datamodule:
@@ -30,7 +37,7 @@ class Datamodule:
 
     def __init__(self, mode: ValSplitMode = ValSplitMode.SAME_AS_TEST) -> None:
         self.num_workers, self.train_batch_size = 10_000, 32
-        self.train_data, self.val_data, self.val_split_mode = list(range(20)), "test images", mode
+        self.train_data, self.val_data, self.val_split_mode = Images(20), "test images", mode
         self.setups: list[str] = []
 
     def setup(self, stage: str) -> None:
@@ -55,35 +62,29 @@ def test_loaders_are_limited_for_the_fit_and_restored(monkeypatch: pytest.Monkey
     LoaderLimits(4).setup(trainer_of(None), None, "fit")
 
 
-@pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anomalib's split, on lists."""
-    monkeypatch.setattr(
-        hold_out_normals,
-        "random_split",
-        lambda data, share, seed: (data[round(len(data) * share) :], data[: round(len(data) * share)]),
-    )
-
-
 @pytest.mark.parametrize("mode", [ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST, ValSplitMode.NONE])
-def test_normals_are_held_out_where_test_images_would_be_used(split: None, mode: ValSplitMode) -> None:
-    datamodule, callback = Datamodule(mode), HoldOutNormals(0.15, seed=0)
+def test_normals_are_held_out_where_test_images_would_be_used(mode: ValSplitMode) -> None:
+    datamodule, callback = Datamodule(mode), HoldOutNormals(0.25, seed=0)
+    before = datamodule.train_data
     callback.setup(trainer_of(datamodule), None, "fit")
-    assert (len(datamodule.train_data), len(datamodule.val_data)) == (17, 3)
+    assert (len(datamodule.train_data), len(datamodule.val_data)) == (15, 5)
     assert datamodule.setups == ["fit"]
     callback.teardown(trainer_of(datamodule), None, "fit")
-    assert (datamodule.train_data, datamodule.val_data) == (list(range(20)), "test images")
+    assert (datamodule.train_data, datamodule.val_data) == (before, "test images")
 
 
-def test_own_validation_images_are_used(split: None) -> None:
+def test_own_validation_images_are_used() -> None:
     for datamodule, share in ((Datamodule(ValSplitMode.FROM_TRAIN), 0.15), (Datamodule(), 0.0)):
         HoldOutNormals(share, seed=0).setup(trainer_of(datamodule), None, "fit")
         assert datamodule.val_data == "test images"
 
 
-def test_too_few_images_to_hold_out_are_refused(split: None) -> None:
-    with pytest.raises(ValueError, match=r"20 training images leave fewer than 2 .* calibration_split=0\.05"):
-        HoldOutNormals(0.05, seed=0).setup(trainer_of(Datamodule()), None, "fit")
+def test_an_attribute_that_was_not_there_is_removed() -> None:
+    datamodule, callback = Datamodule(ValSplitMode.NONE), HoldOutNormals(0.25, seed=0)
+    del datamodule.val_data
+    callback.setup(trainer_of(datamodule), None, "fit")
+    callback.teardown(trainer_of(datamodule), None, "fit")
+    assert not hasattr(datamodule, "val_data")
 
 
 def test_image_files_are_checked_and_16_bit_images_restored(tmp_path: Path) -> None:
@@ -116,7 +117,12 @@ def duration_trainer(**changes: object) -> SimpleNamespace:
         "estimated_stepping_batches": 77,
         "global_step": 0,
         "should_stop": False,
-        "fit_loop": SimpleNamespace(max_epochs=1000, epoch_loop=SimpleNamespace(max_steps=-1)),
+        "limit_val_batches": 1.0,
+        "fit_loop": SimpleNamespace(
+            max_epochs=1000,
+            epoch_loop=SimpleNamespace(max_steps=-1),
+            epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)),
+        ),
     }
     return SimpleNamespace(**values | changes)
 
@@ -124,6 +130,7 @@ def duration_trainer(**changes: object) -> SimpleNamespace:
 def test_the_duration_is_the_models_unless_the_trainer_has_one() -> None:
     duration, trainer = TrainingDuration(12), duration_trainer()
     assert duration.total_steps(trainer) == 12
+    duration.prepare(trainer)
     duration.on_train_start(trainer, None)
     assert (trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps) == (3, 12)
     assert (trainer.check_val_every_n_epoch, trainer.val_check_batch) == (None, 8)  # a third of the steps, in batches
@@ -135,8 +142,9 @@ def test_the_duration_is_the_models_unless_the_trainer_has_one() -> None:
 
 
 def test_a_validation_interval_of_the_user_is_kept() -> None:
-    trainer = duration_trainer(val_check_interval=4)
-    TrainingDuration(12).on_train_start(trainer, None)
+    duration, trainer = TrainingDuration(12), duration_trainer(val_check_interval=4)
+    duration.prepare(trainer)
+    duration.on_train_start(trainer, None)
     assert (trainer.check_val_every_n_epoch, trainer.val_check_batch) == (1, 10)
 
 
@@ -170,7 +178,7 @@ def test_averaging_swaps_weights_back_and_keeps_what_validation_measured() -> No
     model = LightningModule()
     model.weight = torch.nn.Parameter(torch.zeros(1))
     model.register_buffer("measured", torch.zeros(1))
-    averaging = WeightAveraging(decay=0.9, use_buffers=False)
+    averaging = WeightAveraging(decay=0.9)
     averaging.setup(None, model, "fit")
     torch.nn.init.constant_(model.weight, 1.0)
     averaging._average_model.update_parameters(model)  # the first is a copy

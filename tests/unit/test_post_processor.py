@@ -176,3 +176,24 @@ def test_the_configuration_of_a_checkpoint_allocates_its_thresholds(two_categori
 def test_impossible_rates(name: str, rate: float) -> None:
     with pytest.raises(ValueError, match=f"{name}={rate} must be between 0 and 0.5"):
         DeCoDiffPostProcessor(**{name: rate})
+
+
+@pytest.mark.parametrize(("count", "is_set"), [(1, False), (3, False), (4, True)])
+def test_too_few_normal_images_set_no_threshold(count: int, is_set: bool) -> None:
+    """Of two images the limit at 1 % lies 32 standard deviations above their mean."""
+    processor = DeCoDiffPostProcessor()
+    calibrate(processor, torch.rand(count) + 1, torch.rand(count, 1, 8, 8))
+    assert processor.has_thresholds is is_set
+
+
+def test_what_cannot_be_scored_does_not_pass() -> None:
+    """A label is what a line stops on: NaN > 0.5 is false."""
+    processor = DeCoDiffPostProcessor()
+    calibrate(processor, torch.rand(20) + 1, torch.rand(20, 1, 8, 8))
+    predictions = processor(
+        InferenceBatch(pred_score=torch.tensor([torch.nan, 1.0]), anomaly_map=torch.full((2, 1, 8, 8), torch.nan))
+    )
+    assert predictions.pred_label.tolist() == [True, False]
+    assert predictions.pred_mask.all()
+    with pytest.raises(ValueError, match="score of validation image 1 of a batch is not a number"):
+        calibrate(processor, torch.tensor([1.0, torch.nan]), torch.rand(2, 1, 8, 8))

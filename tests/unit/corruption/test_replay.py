@@ -50,3 +50,10 @@ def test_a_sample_is_kept_in_half_precision() -> None:
     assert torch.equal(fresh, values)
     (older,), _ = buffer.exchange([torch.zeros_like(values)], torch.zeros(1, dtype=torch.long), 40)
     assert set(older[1:].flatten().tolist()) == {0.0, 1.0}
+
+
+def test_a_buffer_goes_on_from_its_state() -> None:
+    buffer, taken_up = ReplayBuffer(capacity=4), ReplayBuffer(capacity=4)
+    exchange(buffer, 0, 6, batch_size=6)
+    taken_up.load_state_dict(buffer.state_dict())
+    assert exchange(taken_up, 6, 1, batch_size=40) == exchange(buffer, 6, 1, batch_size=40)

@@ -38,8 +38,8 @@ def test_counts_are_those_on_disk_and_logged_as_one_table(root, caplog, set_up):
         datamodule = set_up(root)
     expected = pd.DataFrame(
         {
-            "train normal": [34, 17, 7, 58],  # 15 % held out: 6 of 40, 3 of 20, 1 of 8
-            "val normal": [6, 3, 1, 10],
+            "train normal": [34, 16, 4, 54],  # 15 % held out of 40, and 4 at least
+            "val normal": [6, 4, 4, 14],
             "test normal": [4, 3, 2, 9],
             "test defective": [5, 2, 4, 11],
             "test masks": [5, 0, 4, 9],
@@ -81,7 +81,7 @@ def test_validation_split_depends_on_the_seed_alone(root, set_up):
 def test_validation_splits_of_the_datamodules_are_ignored(root, set_up):
     datamodule = set_up(datamodules={name: MVTecAD(root, name) for name in ("bolt", "tile")})
     assert not all_paths(datamodule.val_data) & all_paths(datamodule.test_data)
-    assert datamodule.counts["val normal"].to_dict() == {"bolt": 6, "tile": 1, "total": 7}
+    assert datamodule.counts["val normal"].to_dict() == {"bolt": 6, "tile": 4, "total": 10}
     assert all_paths(datamodule.val_data) == all_paths(set_up(root, categories=["bolt", "tile"]).val_data)
 
 
@@ -98,8 +98,8 @@ def own_validation(tmp_path, sizes, write_image, write_category):
 def test_a_categorys_own_validation_images_are_used(own_validation, set_up):
     own = {str(path) for path in (own_validation / "bolt" / "validation" / "good").iterdir()}
     datamodule = set_up(own_validation)
-    assert datamodule.counts["train normal"].to_dict() == {"bolt": 40, "tile": 7, "total": 47}
-    assert datamodule.counts["val normal"].to_dict() == {"bolt": 2, "tile": 1, "total": 3}
+    assert datamodule.counts["train normal"].to_dict() == {"bolt": 40, "tile": 4, "total": 44}
+    assert datamodule.counts["val normal"].to_dict() == {"bolt": 2, "tile": 4, "total": 6}
     assert own < all_paths(datamodule.val_data)
     assert datamodule.val_data[0].image.min() == 1
 
@@ -184,7 +184,7 @@ def test_datamodules_of_different_kinds_are_joined(root, tmp_path, set_up):
     assert datamodule.categories == ["screws", "cloth"]
     assert datamodule.name == "parts"
     assert datamodule.counts.loc["total"].to_dict() == {
-        "train normal": 51, "val normal": 9, "test normal": 7, "test defective": 7, "test masks": 5
+        "train normal": 50, "val normal": 10, "test normal": 7, "test defective": 7, "test masks": 5
     }  # fmt: skip
     assert {item.category for item in datamodule.test_data} == {"screws", "cloth"}
 
@@ -228,13 +228,13 @@ def test_balance_draws_categories_equally_often(root, grey_values, set_up):
     sampler = datamodule.train_dataloader().sampler
     category = datamodule.train_data.samples.category
     counts = Counter(category[index] for _ in range(200) for index in sampler)
-    assert len(sampler) == 58
+    assert len(sampler) == 54
     total = sum(counts.values())
-    assert total == 200 * 58
+    assert total == 200 * 54
     for name in grey_values:
         assert counts[name] / total == pytest.approx(1 / 3, abs=0.02)  # five standard deviations
 
-    assert Counter(drawn(set_up(root))) == {"bolt": 34, "felt": 17, "tile": 7}
+    assert Counter(drawn(set_up(root))) == {"bolt": 34, "felt": 16, "tile": 4}
 
 
 def test_datamodule_can_be_pickled_and_copied(root, set_up):
@@ -279,9 +279,11 @@ def test_bad_splits_are_refused(root, arguments, message):
         MultiCategory(root, **arguments)
 
 
-def test_category_too_small_for_validation_is_refused(root, set_up):
-    with pytest.raises(RuntimeError, match=r"Category 'tile' .*val_split_ratio=0\.1 give no validation images \(8"):
-        set_up(root, val_split_ratio=0.1)
+def test_category_too_small_for_validation_is_refused(tmp_path, write_image, set_up):
+    for name in ("train/good/0.png", "test/good/0.png", "test/dent/0.png"):
+        write_image(tmp_path / "tile" / name, (32, 32), 100)
+    with pytest.raises(RuntimeError, match=r"Category 'tile' .*val_split_ratio=0\.1 give no validation images \(1"):
+        set_up(tmp_path, val_split_ratio=0.1)
 
 
 def test_datamodule_without_training_images_is_refused(tmp_path, root, write_category, set_up):
@@ -325,7 +327,7 @@ def test_failing_datamodule_is_named_and_no_subset_is_set(root, monkeypatch, ste
     assert caught.value.__cause__ is cause
     assert not hasattr(datamodule, "train_data")
     datamodule.setup()
-    assert datamodule.counts.loc["total", "train normal"] == 34 + 7
+    assert datamodule.counts.loc["total", "train normal"] == 34 + 4
 
 
 def test_warns_of_pictures_that_would_overwrite_each_other(root, set_up):
