@@ -46,7 +46,11 @@ Checkpoint = dict[str, Any]
 
 
 def identity(
-    settings: Settings, image_size: tuple[int, int], codec: str | dict[str, Any] | None, categories: tuple[str, ...]
+    settings: Settings,
+    image_size: tuple[int, int],
+    codec: str | dict[str, Any] | None,
+    categories: tuple[str, ...],
+    white_level: float | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint states about its model.
 
@@ -55,6 +59,7 @@ def identity(
         image_size: Working height and width.
         codec: The codec's ``spec``, see :mod:`decodiff_anomalib.codec`.
         categories: Names in the order of their indices.
+        white_level: The value of white in images of more than 8 bits; ``None`` if there were none.
     """
     return {
         "image_size": list(image_size),
@@ -62,6 +67,7 @@ def identity(
         "features": settings.latents.backbone,
         "denoiser": settings.denoiser.size,
         "categories": list(categories),
+        "white_level": white_level,
         "settings": settings.to_dict(),
     }
 
@@ -227,6 +233,7 @@ class CheckpointMixin(LightningModule):
     categories: tuple[str, ...]
     model: DeCoDiffModel
     _duration: TrainingDuration
+    white_level: float | None
     _image_size: tuple[int, int]
     _source_categories: tuple[str, ...] | None
     seed: int
@@ -265,7 +272,7 @@ class CheckpointMixin(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the model that was saved, whatever arguments this one was given.
 
-        Only ``category`` and what :func:`loaded_settings` names can be chosen anew.
+        Only ``category``, ``white_level`` and what :func:`loaded_settings` names can be chosen anew.
         Thresholds are of the levels they were set with: with others, scores are raw and nothing is labelled.
 
         Raises:
@@ -288,9 +295,12 @@ class CheckpointMixin(LightningModule):
         self._duration.steps = self.settings.training.steps
         if self.settings.maps.levels != saved["settings"]["maps"]["levels"]:
             reset_thresholds(checkpoint)
-        if {**requested, "settings": None} != {**saved, "settings": None}:
+        followed_anyway = {"settings": None, "white_level": None}
+        if requested | followed_anyway != saved | followed_anyway:
             logger.info("The checkpoint was trained with %s; following it.", saved)
         self._image_size = tuple(saved["image_size"])
+        if self.hparams["white_level"] is None:
+            self.white_level = saved.get("white_level")  # older checkpoints have none
         self.categories = self._source_categories = tuple(saved["categories"])
         before: DeCoDiffModel | None = getattr(self, "model", None)
         codec = before.codec if before is not None and before.codec.spec == saved["codec"] else saved["codec"]
@@ -334,7 +344,7 @@ class CheckpointMixin(LightningModule):
         checkpoint["state_dict"], checkpoint["callbacks"] = self.state_dict(), {}
 
     def _identity(self, codec: str | dict[str, Any] | None) -> dict[str, Any]:
-        return identity(self.settings, self._image_size, codec, self.categories)
+        return identity(self.settings, self._image_size, codec, self.categories, self.white_level)
 
     def _codec_spec(self) -> str | dict[str, Any] | None:
         """The spec of the codec that the arguments ask for; ``None`` if they ask for none."""

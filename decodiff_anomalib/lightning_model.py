@@ -18,7 +18,7 @@ from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import functional as F  # noqa: N812
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from torchvision.transforms.v2.functional import center_crop
 
 from decodiff_anomalib.callbacks import (
@@ -26,6 +26,7 @@ from decodiff_anomalib.callbacks import (
     ImageFiles,
     Interruption,
     LoaderLimits,
+    PredictionTable,
     RepeatableOrder,
     TrainingDuration,
     WeightAveraging,
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_SIZE = 256  # pixels, of both sides
+
 
 class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
     """DeCo-Diff: corrects deviations from normality in latent space (CVPR 2025).
@@ -71,7 +74,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         preset: ``balanced``, ``fast`` (less training), or ``paper`` (as published; needs a GPU). Settings that are not
             given have its values.
         image_size: Working size in pixels, one side or (height, width), multiples of 32. The whole image is resized to
-            it; nothing is cropped.
+            it; nothing is cropped. By default 256, or what a ``pre_processor`` of yours makes.
         codec: ``bundled``, a file that ``decodiff_anomalib.codec.train`` wrote, or a hub id, folder or file of a
             diffusers autoencoder.
         features: timm backbone whose features join the latents; ``none`` for none.
@@ -93,7 +96,14 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         calibration_split: Share of the training images held out to set thresholds where the datamodule would use test
             images; 0 lets it use them.
         false_alarm_rate: Share of normal images to be called anomalous, which sets the threshold.
+        white_level: Value of white in images of more than 8 bits, integer or float. By default, the smallest of 1 (if
+            all are floats), 255, 1023, 4095, 16383, 32767 and 65535 that covers the training images.
         seed: Makes training repeat: weights, order of images, corruption. By default ``seed_everything``'s, else 0.
+        unreadable: What to do with image files that cannot be read in a prediction: ``skip`` leaves them out and lists
+            them in its table with the reason, ``refuse`` raises an error. Training and testing always refuse them.
+        predictions: CSV file that a prediction appends its scores to; images of a folder that it lists are left out,
+            which lets an interrupted prediction go on. By default a new ``predictions.csv`` in the run's folder. See
+            :class:`decodiff_anomalib.callbacks.PredictionTable`.
         pre_processor: As in Anomalib.
         post_processor: As in Anomalib.
         evaluator: As in Anomalib.
@@ -109,7 +119,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
     def __init__(
         self,
         preset: str = "balanced",
-        image_size: int | tuple[int, int] = 256,
+        image_size: int | tuple[int, int] | None = None,
         codec: str | Path | dict[str, Any] | None = None,
         features: str | None = None,
         denoiser: str | dict[str, Any] | None = None,
@@ -124,14 +134,19 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         settings: SettingsOverrides = SettingsOverrides(),  # noqa: B008 - never changed
         calibration_split: float = 0.15,
         false_alarm_rate: float = 0.01,
+        white_level: float | None = None,
         seed: int | None = None,
+        unreadable: str = "skip",
+        predictions: str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: DeCoDiffPostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: DeCoDiffVisualizer | bool = True,
     ) -> None:
         # Anomalib calls the configure_* methods inside super().__init__: what they need comes first.
-        self._image_size = _as_size(image_size)
+        self._image_size = working_size(image_size, pre_processor)
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor(self._image_size)
         self._false_alarm_rate = false_alarm_rate
         self._default_evaluator = evaluator is True
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
@@ -140,6 +155,9 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             raise ValueError(msg)
         if not 0 <= calibration_split < 1:
             msg = f"calibration_split={calibration_split} must be at least 0 and below 1."
+            raise ValueError(msg)
+        if white_level is not None and not 0 < white_level < math.inf:
+            msg = f"white_level={white_level} must be above 0: the value of white in images of more than 8 bits."
             raise ValueError(msg)
         source = config = None
         pretrained = weights or init_from
@@ -161,8 +179,10 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             arguments |= {"denoiser": config.denoiser, "codec": arguments["codec"] or config.codec}
         self.settings = resolve(preset, settings, arguments)
         self.hparams["settings"] = given_overrides(settings)  # plain data, as checkpoints need it
+        self.hparams["predictions"] = None  # a file of this run, which checkpoints must not hand on
         self.seed = _global_seed() if seed is None else seed
         self.calibration_split = calibration_split
+        self.white_level = white_level
         self.category = category
         self.categories: tuple[str, ...] = category_names(None)
         self._source_categories: tuple[str, ...] | None = None
@@ -170,6 +190,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             self._source_categories = config.categories
             self.categories = config.categories or tuple(str(row) for row in range(config.num_categories))
         self._image_files = ImageFiles()
+        self._prediction_table = PredictionTable(predictions, unreadable, self._image_files)
         self._duration = TrainingDuration(self.settings.training.steps)
         if builds_model():
             self.model = self._build_model(self.settings.latents.codec)
@@ -200,9 +221,10 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         """Only what no user would set: these override the user's. See :class:`TrainingDuration` for the duration."""
         return {"num_sanity_val_steps": 0}
 
-    def configure_pre_processor(self, image_size: tuple[int, int] | None = None) -> PreProcessor:
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize the whole image to the working size and scale it to [-1, 1]."""
-        size = image_size or self._image_size
+        size = image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
         return PreProcessor(Compose([Resize(size, antialias=True), Normalize(mean=[0.5] * 3, std=[0.5] * 3)]))
 
     def configure_post_processor(self) -> DeCoDiffPostProcessor:
@@ -241,6 +263,8 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         components = list(super().configure_callbacks())
         if type(datamodule) is MVTecAD:
             check_folders(datamodule)
+        if self.trainer.state.fn == TrainerFn.PREDICTING:
+            return [*components, self._image_files, self._prediction_table]
         if self.trainer.state.fn != TrainerFn.FITTING:
             return [*components, self._image_files]
         self._duration.prepare(self.trainer)
@@ -255,7 +279,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             LoaderLimits(drawn_on),
             HoldOutNormals(self.calibration_split, self.seed),
             RepeatableOrder(self.seed),
-            self._image_files,  # after the split, whose images it checks
+            self._image_files,
             self._duration,
             *([WeightAveraging(decay)] if decay else []),
             Interruption(),
@@ -346,10 +370,10 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             self._replay = ReplayBuffer()
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Read 16-bit images at their depth, and remember the size images came in."""
+        """Read images right that Anomalib reads wrong, and remember the size images came in."""
         del dataloader_idx
+        self._image_files.reread(batch, self.white_level)
         self._incoming_size = batch.image.shape[-2:]
-        self._image_files.restore_depth(batch)
         return batch
 
     def on_train_start(self) -> None:
@@ -490,9 +514,33 @@ def _global_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
-def _as_size(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width from one side or both."""
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size
-    return height, width
+def working_size(image_size: object, pre_processor: PreProcessor | bool) -> tuple[int, int]:
+    """Height and width that a model works at.
+
+    Args:
+        image_size: One side, or both; ``None`` for those of the pre-processor, else 256.
+        pre_processor: A pre-processor of the user's, whose last resizing or cropping decides.
+
+    Raises:
+        ValueError: If these are no two whole numbers, or contradict each other.
+    """
+    transform = pre_processor.transform if isinstance(pre_processor, PreProcessor) else None
+    sized = extract_transforms_by_type(transform, (Resize, CenterCrop))
+    if sized:
+        size = tuple(sized[-1].size)
+        if len(size) != 2:
+            msg = (
+                f"The pre-processor's {sized[-1]} keeps the aspect ratio of each image, and images of a model have one "
+                f"size. Give both sides: ({size[0]}, {size[0]})."
+            )
+            raise ValueError(msg)
+        if image_size is not None and working_size(image_size, pre_processor=True) != size:
+            msg = f"image_size={image_size}, but the pre-processor makes images of {size}. Leave one of them out."
+            raise ValueError(msg)
+        return size
+    sides = DEFAULT_SIZE if image_size is None else image_size
+    sides = (sides, sides) if isinstance(sides, int) else sides
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        msg = f"image_size={image_size!r} must be one whole number, or two: height and width, such as (256, 320)."
+        raise ValueError(msg)
+    return sides[0], sides[1]

@@ -3,8 +3,8 @@
 Anomalib has no plugin mechanism. It knows a model once the class exists (``get_model``, ``list_models`` and the command
 line read ``AnomalibModule.__subclasses__()``) and once it is an attribute of ``anomalib.models``; datamodules live in
 ``anomalib.data`` likewise. PyTorch does have one: ``import torch`` calls each entry point of the group
-``torch.backends``, and Anomalib always imports torch. That entry point is :func:`register`; it imports nothing, but
-watches for Anomalib's packages and hands them our classes when they arrive.
+``torch.backends``, and Anomalib always imports torch. Ours, :mod:`decodiff_anomalib.torch_autoload`, calls
+:func:`register`; that imports nothing, but watches for Anomalib's packages and hands them our classes when they arrive.
 
 Three rules follow for this package:
 
@@ -14,8 +14,8 @@ Three rules follow for this package:
 * Our modules are imported while Anomalib's package is in its last import. They may use its submodules
   (``anomalib.models.components``, ``anomalib.data.datamodules``), never what the package defines further down, such as
   ``anomalib.models.get_model``. ``decodiff_anomalib.data`` must not import ``anomalib.models``, which comes after it.
-* An exception here would break ``import torch`` for the whole environment: this module needs only the standard
-  library, and what fails is logged.
+* What fails here must break neither ``import torch`` nor Anomalib for the whole environment: this module needs only
+  the standard library, and what fails is logged.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from decodiff_anomalib.atomic_write import atomic_write
+from decodiff_anomalib.folder_names import check_folder_name
 
 RECORD, LOG, MAPS, CURVES, CATEGORY_METRICS = "run.json", "log.txt", "maps.npz", "curves.json", "categories.json"
 """Files in the folder of a run."""
@@ -30,6 +31,9 @@ class Run:
         backbone_weights: See :func:`decodiff_anomalib.benchmark.baselines.load_backbone_weights`; ``None`` keeps the
             weights that the model built itself with.
         photographs: See :func:`decodiff_anomalib.benchmark.baselines.equip_efficient_ad`; only for that model.
+
+    Raises:
+        ValueError: If the name of the model or of a category cannot be that of a folder.
     """
 
     model: str
@@ -43,6 +47,11 @@ class Run:
     trainer: dict[str, Any] = field(default_factory=dict)
     backbone_weights: str | None = None
     photographs: str | None = None
+
+    def __post_init__(self) -> None:
+        check_folder_name(file_name(self.model), "model")  # of which the folder is named, and may be cleared
+        for category in self.categories:
+            check_folder_name(category, "category")
 
     @property
     def categories(self) -> list[str]:

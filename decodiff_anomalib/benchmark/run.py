@@ -73,8 +73,8 @@ def perform(run: Run, folder: Path, timing_seconds: float) -> dict[str, Any]:
     seed_everything(run.seed, workers=True)
     datamodule = MultiCategory(**run.data, seed=run.seed)
     model = build_model(run)
-    teacher_folder = next(parent.parent for parent in folder.parents if parent.name == "runs") / "teacher"
-    note = _equip(model, run, teacher_folder)
+    output = folder.parents[len(run.folder(Path()).parts) - 1]
+    note = _equip(model, run, output / "teacher")
     with TemporaryDirectory(dir=folder) as work:
         engine = Engine(default_root_dir=work, accelerator=run.accelerator, **trainer_arguments(run))
         costs.reset_peak_memory()
@@ -117,7 +117,8 @@ def build_model(run: Run) -> AnomalibModule:
     known = inspect.signature(model_class.__init__).parameters
     shared = {name: getattr(run, name) for name in ("seed", "image_size") if name in known}
     parts = {"post_processor": DeCoDiffPostProcessor(), "evaluator": False, "visualizer": False}
-    if not inspect.isfunction(inspect.getattr_static(model_class, "configure_pre_processor")):
+    of_class = not inspect.isfunction(inspect.getattr_static(model_class, "configure_pre_processor"))
+    if of_class and "image_size" not in known:
         # Some models choose the size of their layers by the size that their pre-processor resizes to.
         parts["pre_processor"] = whole_images(model_class.configure_pre_processor(), run.image_size)
     model: AnomalibModule = model_class(**shared | run.init_args | parts)

@@ -13,23 +13,22 @@ from anomalib.models.image.efficient_ad.torch_model import (
     MediumPatchDescriptionNetwork,
     SmallPatchDescriptionNetwork,
 )
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import (
     center_crop,
     crop,
-    pil_to_tensor,
     resize,
     rgb_to_grayscale,
+    to_dtype,
 )
 
 from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.data.images import inspect_images
 from decodiff_anomalib.features import PACKAGED_BACKBONE, VisualFeatures
+from decodiff_anomalib.image_io import is_image_file, read_image
 from decodiff_anomalib.precision import computes_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -155,13 +154,16 @@ def find_photographs(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If there are fewer than two.
-        ValueError: If some are broken.
+        ValueError: If some are broken, or have more than 8 bits.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    files = sorted(filter(is_image_file, folder.rglob("*")))
     if len(files) < 2:
         msg = f"{len(files)} images below {folder}; give a folder of photographs of anything, hundreds are good."
         raise FileNotFoundError(msg)
-    inspect_images(files)
+    deep = [path for path, depth in inspect_images(files).items() if depth]
+    if deep:
+        msg = f"{len(deep)} photographs have more than 8 bits, such as {deep[0]}. Save them with 8."
+        raise ValueError(msg)
     return files
 
 
@@ -169,9 +171,9 @@ def _draw_crops(files: Sequence[Path], count: int, generator: torch.Generator) -
     """Crops ``(count, 3, 128, 128)`` in [0, 1] of random photographs at 256 pixels, three in ten of them grey."""
     crops = []
     for index in torch.randint(len(files), (count,), generator=generator).tolist():
-        with Image.open(files[index]) as image:
-            side = PHOTOGRAPH_SIDE
-            picture = center_crop(resize(pil_to_tensor(image.convert("RGB")), [side], antialias=True), [side, side])
+        side = PHOTOGRAPH_SIDE
+        picture = to_dtype(read_image(files[index]), torch.uint8, scale=True)
+        picture = center_crop(resize(picture, [side], antialias=True), [side, side])
         top, left = torch.randint(side - CROP_SIDE + 1, (2,), generator=generator).tolist()
         picture = crop(picture, top, left, CROP_SIDE, CROP_SIDE)
         grey = torch.rand((), generator=generator) < GREY_SHARE

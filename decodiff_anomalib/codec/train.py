@@ -7,10 +7,10 @@ import logging
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
+from torchvision.transforms.v2.functional import center_crop
 
 from decodiff_anomalib.codec.linear import PatchCodec
+from decodiff_anomalib.image_io import is_image_file, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +19,7 @@ SIDE = 256
 
 def read_photographs(files: list[Path]) -> torch.Tensor:
     """Centre crops ``(N, 3, 256, 256)`` in [-1, 1] of ``files``."""
-    pictures = [center_crop(pil_to_tensor(Image.open(file).convert("RGB")), [SIDE, SIDE]) for file in files]
-    return torch.stack(pictures).float() / 127.5 - 1
+    return 2 * torch.stack([center_crop(read_image(file), [SIDE, SIDE]) for file in files]) - 1
 
 
 @torch.no_grad()
@@ -35,16 +34,16 @@ def train(photographs: Path, output: Path, latent_channels: int = 48) -> None:
     """Fit the codec and write it as safetensors.
 
     Args:
-        photographs: Folder of ``.jpg`` images of at least 256x256; the last tenth is held out and only measured.
+        photographs: Folder of images of 8 bits and at least 256x256; the last tenth is held out and only measured.
         output: The ``.safetensors`` file to write.
         latent_channels: Principal components kept, of 192.
 
     Raises:
         FileNotFoundError: If the folder holds fewer than ten photographs.
     """
-    files = sorted(photographs.glob("*.jpg"))
+    files = sorted(filter(is_image_file, photographs.glob("*")))
     if len(files) < 10:
-        msg = f"{len(files)} .jpg files in {photographs}; at least 10 photographs are needed, hundreds are good."
+        msg = f"{len(files)} images in {photographs}; at least 10 photographs are needed, hundreds are good."
         raise FileNotFoundError(msg)
     kept = len(files) * 9 // 10
     codec = PatchCodec(latent_channels)

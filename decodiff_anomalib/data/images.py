@@ -1,27 +1,164 @@
-"""Checks of image files before training, and reading of 16-bit images at full depth.
+"""Images of datasets: checks of files and folders before work starts, and reading what Anomalib would read wrong.
 
-Anomalib reads every image with Pillow's ``convert("RGB")``, which clips 16-bit grey values to white and fails at a
-broken file without naming it.
+How a file is read is stated in :mod:`decodiff_anomalib.image_io`.
 """
 
 import logging
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from anomalib.data import ImageBatch
 from anomalib.data.datamodules.image.mvtecad import MVTecAD
 from anomalib.data.datasets.image.mvtecad import CATEGORIES
+from anomalib.data.datasets.image.mvtecad import IMG_EXTENSIONS as MVTECAD_SUFFIXES
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import resize
+
+from decodiff_anomalib.image_io import Depth, above_white, choose_white_level, inspect_image, is_image_file, read_image
+
+__all__ = [
+    "check_folders",
+    "image_owners",
+    "image_paths",
+    "inspect_images",
+    "is_image_file",
+    "read_image",
+    "reread",
+    "settle_white_level",
+    "sort_out",
+]
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 10  # broken files listed in an error
-WIDE_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # Pillow's modes of 16-bit images
+
+
+# ---------------------------------------------------------------- files
+
+
+def inspect_images(paths: Iterable[str | Path]) -> dict[str, Depth | None]:
+    """Read every file once, several at a time; :func:`~decodiff_anomalib.image_io.inspect_image` says in what memory.
+
+    Returns:
+        dict[str, Depth | None]: Path of each image that Anomalib would read wrong, to its depth if it has more than 8
+        bits; others have an EXIF orientation.
+
+    Raises:
+        ValueError: If any file cannot be read as an image; names up to ten of them.
+    """
+    names = [str(path) for path in paths]
+    found, reasons = sort_out(names)
+    _refuse(list(reasons.values()), len(names), "Replace or remove them.")
+    return found
+
+
+def sort_out(paths: Iterable[str | Path]) -> tuple[dict[str, Depth | None], dict[str, str]]:
+    """What :func:`inspect_images` returns of the files that can be read, and path to reason of those that cannot."""
+    names = [str(path) for path in paths]
+    # Pillow warns of images that it reads all the same; inspection refuses the larger ones that it does not read.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with ThreadPoolExecutor() as pool:
+        results = dict(zip(names, pool.map(_inspect, names), strict=True))
+    found = {name: result[1] for name, result in results.items() if isinstance(result, tuple) and result[0]}
+    return found, {name: result for name, result in results.items() if isinstance(result, str)}
+
+
+def _inspect(name: str) -> tuple[bool, Depth | None] | str:
+    """What :func:`inspect_image` returns, or why it refuses."""
+    try:
+        return inspect_image(name)
+    except ValueError as error:
+        return str(error)
+
+
+def settle_white_level(found: Mapping[str, Depth | None], white_level: float | None) -> float | None:
+    """The white level to read images with: the present one, or if there is none yet, one that they need.
+
+    Args:
+        found: What :func:`inspect_images` returned.
+        white_level: The present one.
+
+    Returns:
+        float | None: ``None`` if there is none and no image has more than 8 bits.
+
+    Raises:
+        ValueError: If images have values above it, or above all that can be chosen; names up to ten of them.
+    """
+    depths = {path: depth for path, depth in found.items() if depth is not None}
+    if not depths:
+        return white_level
+    if white_level is None:
+        return choose_white_level(depths.values())
+    reasons = [
+        f"{path}: {above_white(depth.highest, white_level)}"
+        for path, depth in depths.items()
+        if depth.highest > white_level
+    ]
+    _refuse(reasons, len(depths), "")
+    return white_level
+
+
+def _refuse(reasons: list[str], total: int, remedy: str) -> None:
+    if reasons:
+        shown = "\n  ".join(reasons[:MAX_NAMED])
+        more = f"\n  … and {len(reasons) - MAX_NAMED} more" if len(reasons) > MAX_NAMED else ""
+        msg = f"{len(reasons)} of {total} image files cannot be read:\n  {shown}{more}\n{remedy}".rstrip()
+        raise ValueError(msg)
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def image_paths(dataset: Dataset) -> list[str]:
+    """Paths of the images of one of Anomalib's datasets, with or without annotations."""
+    if hasattr(dataset, "samples"):
+        return [str(path) for path in dataset.samples.image_path]
+    return [str(path) for path in getattr(dataset, "image_filenames", ())]
+
+
+def image_owners(dataset: Dataset) -> dict[str, Dataset]:
+    """Path of each image to the dataset whose transform it goes through: of several categories, the one it is from."""
+    paths = image_paths(dataset)
+    if hasattr(dataset, "parts") and hasattr(dataset, "samples"):
+        return dict(zip(paths, map(dataset.parts.__getitem__, dataset.samples.part), strict=True))
+    return dict.fromkeys(paths, dataset)
+
+
+def reread(batch: ImageBatch, owners: Mapping[str, Dataset], white_level: float | None) -> None:
+    """Replace images that Anomalib has read wrong, by :func:`read_image` and the transform of their dataset.
+
+    Random augmentations are drawn anew, and for the image alone: only training has any, which does not look at masks.
+    Upright images of several sizes, which no transform has resized, get the size of the batch.
+
+    Args:
+        batch: Images ``(B, 3, H, W)`` in [0, 1], changed in place.
+        owners: Path of each image that is to be replaced, to its dataset.
+        white_level: As in :func:`read_image`.
+
+    Raises:
+        ValueError: If an image has become one that :func:`read_image` refuses.
+    """
+    wrong = {index: str(path) for index, path in enumerate(batch.image_path or ()) if str(path) in owners}
+    if not wrong:
+        return
+    assert batch.image is not None
+    images = list(batch.image)
+    for index, path in wrong.items():
+        owner = owners[path]
+        transform = getattr(owner, "augmentations", None) or getattr(owner, "transform", None)
+        image = tv_tensors.Image(read_image(path, white_level))
+        images[index] = (transform(image) if transform else image).to(batch.image)
+    if len({image.shape for image in images}) > 1:
+        images = [resize(image, list(batch.image.shape[-2:]), antialias=True) for image in images]
+    batch.image = torch.stack(images)
+
+
+# ---------------------------------------------------------------- folders
 
 
 def check_folders(datamodule: MVTecAD) -> None:
@@ -37,74 +174,34 @@ def check_folders(datamodule: MVTecAD) -> None:
             return
         msg = f"{folder} does not exist. Give the folder that holds {datamodule.category}/train/good as --data.root."
         raise FileNotFoundError(msg)
-    if not any((folder / "train" / "good").glob("*.png")):
-        msg = f"There are no .png images in {folder / 'train' / 'good'}. DeCoDiff learns from normal images there."
-        raise FileNotFoundError(msg)
-    defects = {path.name for path in (folder / "test").glob("*") if path.is_dir()} - {"good"}
-    unmasked = sorted(name for name in defects if not any((folder / "ground_truth" / name).glob("*.png")))
+    _check_normal_images(folder / "train")
+    defects = _subfolders(folder / "test") - {"good"}
+    unmasked = sorted(name for name in defects if not _has_mvtecad_images(folder / "ground_truth" / name))
     if unmasked:
         msg = (
             f"{folder / 'ground_truth'} has no masks for {', '.join(unmasked)}, which MVTecAD needs. "
-            "`--data MultiCategory` reads the same folders without masks."
+            "`--data MultiCategory` reads the same folders without masks. In test, only the folder 'good' holds normal "
+            "images; every other one is a defect."
         )
         raise FileNotFoundError(msg)
 
 
-def _inspect(path: str) -> tuple[str, str | None]:
-    """Pillow's mode of an image, or an empty mode and the reason if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return "", f"{path}: {error}"
-    return mode, None
+def _check_normal_images(train: Path) -> None:
+    good = train / "good"
+    if _has_mvtecad_images(good):
+        return
+    msg = f"There are no .png images in {good}. DeCoDiff learns from normal images there."
+    if others := sorted(_subfolders(train) - {"good"}):
+        msg += f" Normal images are those in a folder named 'good'; {train} has {', '.join(others)}: rename it."
+    if good.is_dir() and any(map(is_image_file, good.iterdir())):
+        msg += " `--data MultiCategory` reads the same folders with images of other formats."
+    raise FileNotFoundError(msg)
 
 
-def inspect_images(paths: Iterable[str | Path]) -> frozenset[str]:
-    """Read every file once.
-
-    Returns:
-        frozenset[str]: Paths of the 16-bit images.
-
-    Raises:
-        ValueError: If any file cannot be read as an image; names up to ten of them.
-    """
-    names = [str(path) for path in paths]
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(_inspect, names))
-    broken = [reason for _, reason in results if reason]
-    if broken:
-        shown = "\n  ".join(broken[:MAX_NAMED])
-        more = f"\n  … and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""
-        msg = f"{len(broken)} of {len(names)} image files cannot be read:\n  {shown}{more}\nReplace or remove them."
-        raise ValueError(msg)
-    return frozenset(path for path, (mode, _) in zip(names, results, strict=True) if mode in WIDE_MODES)
+def _has_mvtecad_images(folder: Path) -> bool:
+    """Whether ``MVTecAD`` finds images there; it knows two spellings of one suffix."""
+    return any(path.suffix in MVTECAD_SUFFIXES for path in folder.glob("*"))
 
 
-def restore_depth(batch: ImageBatch, wide_paths: frozenset[str]) -> None:
-    """Replace the images of ``batch`` whose path is in ``wide_paths`` by their 16-bit content, which Anomalib clips.
-
-    An image is divided by 65535, or by 4095 if no value is larger (12-bit cameras), and resized to the size of the
-    batch. Training augmentations are not applied to it.
-
-    Args:
-        batch: Images ``(B, 3, H, W)`` in [0, 1], changed in place.
-        wide_paths: Paths of 16-bit images, as returned by :func:`inspect_images`.
-    """
-    images = batch.image
-    assert images is not None
-    for index, path in enumerate(batch.image_path or ()):
-        if str(path) in wide_paths:
-            with Image.open(path) as image:
-                values = torch.from_numpy(np.asarray(image).astype(np.float32))
-            values = (values / (4095 if values.max() <= 4095 else 65535)).clamp(0, 1)
-            grey = resize(values[None], list(images.shape[-2:]), antialias=True)
-            images[index] = grey.expand(3, -1, -1).to(images)
-
-
-def image_paths(dataset: Dataset) -> list[str]:
-    """Paths of the images of one of Anomalib's datasets, with or without annotations."""
-    if hasattr(dataset, "samples"):
-        return [str(path) for path in dataset.samples.image_path]
-    return [str(path) for path in getattr(dataset, "image_filenames", ())]
+def _subfolders(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*") if path.is_dir()}

@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import Transform
 from decodiff_anomalib.data.dataset import HomogeneousBatchSampler, MultiCategoryDataset
 from decodiff_anomalib.data.layout import CategoryFolder, find_categories, read_layout
 from decodiff_anomalib.data.normal_images import hold_out
+from decodiff_anomalib.folder_names import check_folder_name
 
 SUBSETS = ("train", "val", "test")
 
@@ -74,8 +75,8 @@ class MultiCategory(AnomalibDataModule):
     Raises:
         FileNotFoundError: If ``root`` does not exist, or contains no category.
         ValueError: If both or neither of ``root`` and ``datamodules`` are given, ``categories`` is empty, names an
-            unknown category, or names one twice, a category below ``root`` lacks training images or some of its masks,
-            or an argument is out of range.
+            unknown category, or names one twice, a name cannot be that of a folder, a category below ``root`` lacks
+            training images or some of its masks, or an argument is out of range.
 
     Example:
         >>> datamodule = MultiCategory(root="datasets/MVTecAD", categories=["bottle", "cable"])
@@ -347,6 +348,8 @@ def _choose(wanted: Sequence[str] | None, available: list[str]) -> list[str]:
     if repeated:
         msg = f"categories names {', '.join(map(repr, repeated))} more than once; name each category once."
         raise ValueError(msg)
+    for name in chosen:
+        check_folder_name(name, "category")
     return chosen
 
 

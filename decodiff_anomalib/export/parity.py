@@ -78,7 +78,8 @@ class ParityImages(NamedTuple):
             images, origin = drawn_images(PARITY_IMAGES, input_size or model.input_size or FALLBACK_SIZE), "drawn"
         else:
             set_up(datamodule)
-            images = [batch.image[0] for batch in evenly_spaced(datamodule.test_data, PARITY_IMAGES)]
+            chosen = evenly_spaced(datamodule.test_data, PARITY_IMAGES, model.white_level)
+            images = [batch.image[0] for batch in chosen]
             origin = f"test images of {datamodule.name}"
         if input_size:
             images = [resize(image, list(input_size), antialias=True) for image in images]

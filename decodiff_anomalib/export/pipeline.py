@@ -34,6 +34,7 @@ class ExportableModel(Protocol):
 
     category: str
     categories: tuple[str, ...]
+    white_level: float | None
 
     @property
     def pre_processor(self) -> nn.Module | None:

@@ -35,6 +35,7 @@ def compress(
     datamodule: AnomalibDataModule | None,
     metric: "Metric | None",
     max_drop: float,
+    white_level: float | None = None,
 ) -> "openvino.Model":
     """Compress the weights of :data:`QUANTISED_SCOPES` (``INT8``), or compute in integers there.
 
@@ -45,6 +46,7 @@ def compress(
             needed for ``INT8``.
         metric: What ``INT8_ACQ`` limits the loss of, by default the F1 score of the labels.
         max_drop: The largest loss allowed.
+        white_level: Of the model, see :func:`decodiff_anomalib.data.read_image`.
     """
     import nncf
 
@@ -54,7 +56,7 @@ def compress(
         return nncf.compress_weights(graph, ignored_scope=others)
     assert datamodule is not None
     set_up(datamodule)
-    images = evenly_spaced(datamodule.train_data, RANGE_IMAGES)
+    images = evenly_spaced(datamodule.train_data, RANGE_IMAGES, white_level)
     options = {
         "calibration_dataset": nncf.Dataset(images, lambda batch: batch.image.numpy()),
         "ignored_scope": others,
@@ -62,7 +64,7 @@ def compress(
     }
     if compression == CompressionType.INT8_PTQ:
         return nncf.quantize(graph, **options)
-    validation = evenly_spaced(datamodule.test_data, len(datamodule.test_data))
+    validation = evenly_spaced(datamodule.test_data, len(datamodule.test_data), white_level)
     return nncf.quantize_with_accuracy_control(
         graph,
         validation_dataset=nncf.Dataset(validation),

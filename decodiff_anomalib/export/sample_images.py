@@ -9,7 +9,7 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset, Batch
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Subset
 
-from decodiff_anomalib.data.images import image_paths, inspect_images, restore_depth
+from decodiff_anomalib.data.images import image_owners, image_paths, inspect_images, reread, settle_white_level
 
 
 def set_up(datamodule: AnomalibDataModule) -> None:
@@ -18,15 +18,23 @@ def set_up(datamodule: AnomalibDataModule) -> None:
     datamodule.setup("fit")
 
 
-def evenly_spaced(dataset: AnomalibDataset, count: int) -> DataLoader:
-    """Batches of one image, up to ``count``, at equal distances in a data set that is sorted by category."""
+def evenly_spaced(dataset: AnomalibDataset, count: int, white_level: float | None = None) -> DataLoader:
+    """Batches of one image, up to ``count``, at equal distances in a data set that is sorted by category.
+
+    Args:
+        dataset: Of images and masks.
+        count: Images to choose.
+        white_level: Of the model, see :func:`decodiff_anomalib.data.read_image`.
+    """
     chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
     paths = image_paths(dataset)
-    wide = inspect_images(paths[index] for index in chosen)
+    found = inspect_images(paths[index] for index in chosen)
+    white_level = settle_white_level(found, white_level)
+    owners = {path: owner for path, owner in image_owners(dataset).items() if path in found}
 
     def collate(items: list[Any]) -> Batch:
         batch = dataset.collate_fn(items)
-        restore_depth(batch, wide)
+        reread(batch, owners, white_level)
         return batch
 
     return DataLoader(Subset(dataset, chosen.tolist()), batch_size=1, collate_fn=collate)

@@ -119,7 +119,7 @@ def write_openvino(
             if output not in outputs:
                 graph.remove_result(result)
         if integers:
-            graph = compress(graph, integers, datamodule, metric, max_drop)
+            graph = compress(graph, integers, datamodule, metric, max_drop, model.white_level)
         openvino.save_model(graph, file, compress_to_fp16=compression == CompressionType.FP16)
         runtimes = openvino_runtimes(file, TOLERANCES.get(compression))
         check_parity(runtimes, file, model, ParityImages.make(model, datamodule, input_size), compression)

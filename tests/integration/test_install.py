@@ -1,5 +1,6 @@
 """The package as users get it: installed from a wheel or editable, registered, and gone without trace."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -24,12 +25,24 @@ assert [entry_point.name for entry_point in entry_points(group="torch.backends")
 print(decodiff_anomalib.__file__)
 """
 
+MOVED = """
+import sys
+
+sys.stderr = sys.stdout
+import torch
+from anomalib.models import list_models
+
+assert "padim" in list_models()
+assert "de_co_diff" not in list_models()
+"""
+
 UNINSTALLED = """
 from importlib.util import find_spec
 
 from anomalib.models import list_models
 
 assert find_spec("decodiff_anomalib") is None
+assert find_spec("decodiff_anomalib_autoload") is None
 assert "padim" in list_models()
 assert "de_co_diff" not in list_models()
 """
@@ -80,8 +93,24 @@ def test_installed_package_registers_and_uninstalls_cleanly(editable, binaries, 
     run(python, "-c", UNINSTALLED, directory=tmp_path)
 
 
+def test_an_environment_survives_a_checkout_that_moved(binaries, tmp_path):
+    checkout = tmp_path / "checkout"
+    shutil.copytree(PROJECT, checkout, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "notebooks"))
+    python = binaries / "python"
+    run(python, "-m", "pip", "install", "--no-deps", "-e", checkout, directory=tmp_path)
+    checkout.rename(tmp_path / "moved")
+    (tmp_path / "decodiff_anomalib.py").write_text("raise SystemExit('a file of the working directory was run')")
+
+    for directory, found in ((tmp_path / "moved", ""), (binaries, "gone"), (tmp_path, "decodiff_anomalib.py in place")):
+        program = MOVED if found else INSTALLED
+        printed = run(python, "-c", program, directory=directory)
+        assert printed.count("Anomalib will not know DeCoDiff") == bool(found)
+        assert found in printed
+
+
 def test_wheel_holds_every_file_of_the_package(wheel):
     files = {path.relative_to(PROJECT).as_posix() for path in (PROJECT / "decodiff_anomalib").rglob("*.*")}
+    moved = {"decodiff_anomalib/torch_autoload.py": "decodiff_anomalib_autoload.py"}
     packed = set(ZipFile(wheel).namelist())
-    assert {file for file in files if "__pycache__" not in file} <= packed
+    assert {moved.get(file, file) for file in files if "__pycache__" not in file} <= packed
     assert {"LICENSE", "THIRD_PARTY_NOTICES.md"} <= {Path(file).name for file in packed}

@@ -86,7 +86,7 @@ def copy_of_the_package(directory: Path) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _entry_point():
     found = [entry_point.value for entry_point in entry_points(group="torch.backends")]
-    if "decodiff_anomalib.plugin:register" not in found:
+    if "decodiff_anomalib_autoload:register" not in found:
         pytest.fail(f"torch.backends has the entry points {found}, not ours; install the package: pip install -e .")
 
 

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
@@ -11,6 +12,7 @@ from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
+from torchvision.transforms.v2 import CenterCrop
 
 from decodiff_anomalib import DeCoDiff
 from decodiff_anomalib.paper import paper_transform
@@ -134,6 +136,22 @@ def test_broken_images_stop_before_training(gravel: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="1 of 81 image files cannot be read") as caught:
         fit(tmp_path, MVTecAD(root, "gravel", num_workers=0))
     assert str(broken) in str(caught.value)
+
+
+def test_images_of_12_bits_are_read_as_in_training(gravel: Path, tmp_path: Path) -> None:
+    shutil.copytree(gravel, tmp_path / "data" / "gravel")
+    for file in (tmp_path / "data" / "gravel").glob("t*/*/*.png"):
+        Image.fromarray(np.asarray(Image.open(file).convert("L")).astype(np.uint16) * 16).save(file)
+    cropped = {"num_workers": 0, "augmentations": CenterCrop(128)}
+    data, of_8_bits = MVTecAD(tmp_path / "data", "gravel", **cropped), MVTecAD(gravel.parent, gravel.name, **cropped)
+    model = fit(tmp_path, data, train_steps=2)
+    assert model.white_level == 4095
+    later = DeCoDiff(image_size=64)
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    (metrics,) = engine.test(later, datamodule=data, ckpt_path=next(tmp_path.rglob("*.ckpt")))
+    (expected,) = engine.test(later, datamodule=of_8_bits)
+    assert later.white_level == 4095
+    assert metrics == pytest.approx(expected, abs=0.01)  # 16 * 255 is a little darker than white
 
 
 def test_folders_are_looked_at_before_anything_is_read_or_downloaded(gravel: Path, tmp_path: Path) -> None:

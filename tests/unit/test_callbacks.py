@@ -12,6 +12,7 @@ import torch
 from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.data.utils.split import ValSplitMode
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
 from decodiff_anomalib.callbacks import (
@@ -93,15 +94,50 @@ def test_image_files_are_checked_and_16_bit_images_restored(tmp_path: Path) -> N
     Image.fromarray((values >> 8).astype(np.uint8)).save(tmp_path / "plain.png")
     paths = [str(tmp_path / name) for name in ("deep.png", "plain.png")]
     data = SimpleNamespace(samples=pd.DataFrame({"image_path": paths}))
-    files = ImageFiles()
-    files.setup(trainer_of(SimpleNamespace(test_data=data)), None, "test")
+    files, model = ImageFiles(), SimpleNamespace(white_level=None)
+    files.on_test_start(trainer_of(SimpleNamespace(test_data=data), state=SimpleNamespace(fn="test")), model)
+    assert model.white_level == 65535
     batch = ImageBatch(image=torch.ones(2, 3, 8, 8), image_path=paths)
-    files.restore_depth(batch)
+    files.reread(batch, model.white_level)
     torch.testing.assert_close(batch.image[0, 0].numpy(), (values / 65535).astype(np.float32), atol=1e-6, rtol=0)
     assert (batch.image[1] == 1).all()
     (tmp_path / "plain.png").write_text("not an image")
     with pytest.raises(ValueError, match="1 of 2 image files cannot be read"):
-        files.on_predict_start(SimpleNamespace(predict_dataloaders=SimpleNamespace(dataset=data)), None)
+        files.on_predict_start(SimpleNamespace(predict_dataloaders=SimpleNamespace(dataset=data)), model)
+
+
+def test_the_white_level_is_settled_by_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def dataset(name: str, highest: int) -> SimpleNamespace:
+        Image.fromarray(np.full((8, 8), highest, np.uint16)).save(tmp_path / name)
+        return SimpleNamespace(samples=pd.DataFrame({"image_path": [str(tmp_path / name)]}))
+
+    train, val, test = (dataset(f"{value}.png", value) for value in (900, 4000, 4096))
+    data = SimpleNamespace(train_data=train, val_data=val, test_data=test)
+
+    def trainer(stage: str, ckpt_path: str | None = None) -> SimpleNamespace:
+        return trainer_of(data, state=SimpleNamespace(fn=TrainerFn(stage)), ckpt_path=ckpt_path)
+
+    model = SimpleNamespace(white_level=65535.0, hparams={"white_level": None})
+    files = ImageFiles()
+    files.on_fit_start(trainer("fit"), model)
+    assert model.white_level == 4095  # of the held-out images too
+    files.on_validation_start(trainer("validate"), model)
+    with pytest.raises(
+        ValueError, match=r"4096\.png: its highest value 4096 is above the white level 4095, .*--model\."
+    ):
+        files.on_test_start(trainer("test"), model)
+    stated = SimpleNamespace(white_level=4096.0, hparams={"white_level": 4096.0})
+    for stage, start in (("fit", files.on_fit_start), ("test", files.on_test_start)):
+        start(trainer(stage), stated)
+    assert stated.white_level == 4096
+    resumed = SimpleNamespace(white_level=16383.0, hparams={"white_level": None})
+    files.on_fit_start(trainer("fit", ckpt_path="last.ckpt"), resumed)
+    assert resumed.white_level == 16383
+    assert not caplog.records
+    untrained = SimpleNamespace(white_level=None)
+    files.on_validation_start(trainer("validate"), untrained)
+    assert untrained.white_level == 4095
+    assert "The model has no white level" in caplog.text
 
 
 def duration_trainer(**changes: object) -> SimpleNamespace:

@@ -18,6 +18,7 @@ METHOD = {
     "discrepancy",
     "exemplars",
     "features",
+    "image_io",
     "latent_groups",
     "learning_rate",
     "paper",
@@ -40,7 +41,7 @@ EXCEPTIONS = {"discrepancy": {"anomalib.models.components.filters"}}
 """Anomalib's Gaussian blur is a plain torch module, and better kept than one of our own."""
 
 LAYERS = (
-    METHOD | {"atomic_write", "plugin"},
+    METHOD | {"atomic_write", "folder_names", "plugin", "torch_autoload"},
     {"presets", "settings", "weights"},
     {"torch_model"},
     {"checkpoint", "data", "evaluation", "export", "post_processor", "visualizer", "callbacks"},

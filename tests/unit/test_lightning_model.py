@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from decodiff_anomalib import DeCoDiff
 from decodiff_anomalib.checkpoint import builds_model
@@ -109,6 +111,22 @@ def test_an_argument_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) 
     assert DeCoDiff.load_from_checkpoint(path, codec="bundled").model.codec.spec == "bundled"
 
 
+def test_the_white_level_is_the_checkpoints_unless_one_is_stated(tmp_path: Path) -> None:
+    model = DeCoDiff(image_size=64)
+    assert model.white_level is None
+    model.white_level = 4095.0
+    path = save(model, tmp_path / "model.ckpt")
+    assert DeCoDiff.load_from_checkpoint(path).white_level == 4095
+    assert DeCoDiff.load_from_checkpoint(path, white_level=65535).white_level == 65535
+    older = torch.load(path, weights_only=True)
+    del older["decodiff"]["white_level"], older["hyper_parameters"]["white_level"]
+    torch.save(older, path)
+    assert DeCoDiff.load_from_checkpoint(path).white_level is None
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"white_level={wrong} must be above 0"):
+            DeCoDiff(image_size=64, white_level=wrong)
+
+
 def test_loading_leaves_the_constructor_as_it_was(tmp_path: Path) -> None:
     torch.save(
         {"state_dict": {}, "hyper_parameters": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt"
@@ -126,3 +144,30 @@ def test_training_goes_on_as_the_arguments_say(tmp_path: Path) -> None:
     longer = DeCoDiff.load_from_checkpoint(path, train_steps=900, learning_rate=1e-5)
     assert (longer.settings.training.steps, longer._duration.steps) == (900, 900)
     assert longer.settings.training.learning_rate == 1e-5
+
+
+def resize_to(*sides: int) -> PreProcessor:
+    return PreProcessor(Compose([Resize(sides), Normalize([0.5] * 3, [0.5] * 3)]))
+
+
+def test_the_working_size_is_that_of_the_pre_processor() -> None:
+    model = DeCoDiff(pre_processor=resize_to(64, 96))
+    assert model.model.exemplars.images.shape[-2:] == (64, 96)
+    assert DeCoDiff.configure_pre_processor((64, 96)).transform.transforms[0].size == [64, 96]  # no model needed
+    assert DeCoDiff(image_size=64).pre_processor.transform.transforms[0].size == [64, 64]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pre_processor": PreProcessor(Resize(128))}, r"keeps the aspect ratio .* Give both sides: \(128, 128\)"),
+        ({"pre_processor": resize_to(64, 96), "image_size": 64}, r"image_size=64, but the pre-processor .*\(64, 96\)"),
+        ({"image_size": "256"}, "image_size='256' must be one whole number, or two"),
+        ({"image_size": (64, 64, 3)}, r"image_size=\(64, 64, 3\) must be one whole number, or two"),
+        ({"image_size": 64.0}, "image_size=64.0 must be one whole number, or two"),
+        ({"image_size": 100}, r"image_size=\(100, 100\) must be multiples of 32 pixels, such as \(96, 96\)"),
+    ],
+)
+def test_sizes_that_are_none(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DeCoDiff(**arguments)

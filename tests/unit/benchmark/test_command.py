@@ -16,6 +16,7 @@ from decodiff_anomalib.benchmark.grid import make_grid
 from decodiff_anomalib.benchmark.record import RECORD
 
 PADIM = {"class_path": "Padim", "init_args": {"pre_trained": False}}
+FOLDER = {"class_path": "MVTecAD", "init_args": {"category": "bolt"}}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,11 @@ PADIM = {"class_path": "Padim", "init_args": {"pre_trained": False}}
         ({"data": {"class_path": "MVTecAD"}}, "benchmark.data is 'MVTecAD'; it must be MultiCategory"),
         ({"data": {"class_path": "MultiCategory", "init_args": {"root": "nowhere"}}}, "nowhere' is not a folder"),
         ({"seeds": [1]}, "benchmark has no seeds; valid: data, model, seed."),
+        ({"model": PADIM | {"name": ".."}}, "'..' cannot be the name of a model, because folders are named after it."),
+        (
+            {"data": {"class_path": "MultiCategory", "init_args": {"datamodules": {"/bolt": FOLDER}}}},
+            "'/bolt' cannot be the name of a category, because folders are named after it. Rename it: ",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_runs(

@@ -1,6 +1,7 @@
 """The model, the trainer and the shown images of a run; whole runs are in the integration tests."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from decodiff_anomalib.benchmark import run as run_module
 from decodiff_anomalib.benchmark.grid import make_grid
 from decodiff_anomalib.benchmark.record import Run
-from decodiff_anomalib.benchmark.run import build_model, shown_samples, trainer_arguments, whole_images
+from decodiff_anomalib.benchmark.run import build_model, perform, shown_samples, trainer_arguments, whole_images
 
 PADIM = {"class_path": "Padim", "init_args": {"pre_trained": False}}
 
@@ -46,6 +47,24 @@ def test_models_get_whole_images_of_one_size(layout) -> None:
     decodiff = build_model(make_grid(layout({"class_path": "DeCoDiff"}, seed=3), image_size=64)[0])
     assert decodiff.pre_processor.transform.transforms[0].size == [64, 64]
     assert decodiff.seed == 3
+
+
+def test_all_runs_share_one_folder_for_the_teacher_whatever_they_are_called(
+    layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = set()
+
+    def equip(model: object, run: Run, folder: Path) -> None:
+        folders.add(folder)
+        raise KeyboardInterrupt  # the rest of the run is of no interest
+
+    monkeypatch.setattr(run_module, "_equip", equip)
+    monkeypatch.setattr(run_module, "build_model", lambda run: None)
+    output = tmp_path / "runs" / "benchmark"
+    for run in make_grid(layout(PADIM, PADIM | {"name": "runs"})):
+        with pytest.raises(KeyboardInterrupt):
+            perform(run, run.folder(output), timing_seconds=0)
+    assert folders == {output / "teacher"}
 
 
 def test_a_model_without_pre_processor_is_refused(layout) -> None:

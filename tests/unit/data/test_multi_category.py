@@ -266,6 +266,12 @@ def test_bad_choices_of_categories_are_refused(root, categories, message):
         MultiCategory(root, categories=categories)
 
 
+@pytest.mark.parametrize("name", ["../..", "..", "", "a/b", "a\nb"])
+def test_names_that_lead_out_of_a_folder_are_refused(root, name):
+    with pytest.raises(ValueError, match="cannot be the name of a category, because folders are named after it"):
+        MultiCategory(datamodules={"bolt": MVTecAD(root, "bolt"), name: MVTecAD(root, "tile")})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
