@@ -14,10 +14,10 @@ from decodiff_anomalib import DeCoDiff, MultiCategory
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One category of twelve training images, two of which set the thresholds."""
+    """One category of fourteen training images, four of which set the thresholds."""
     root = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
-    for folder, count in {"train/good": 12, "test/good": 1, "test/bad": 1}.items():
+    for folder, count in {"train/good": 14, "test/good": 1, "test/bad": 1}.items():
         (root / "part" / folder).mkdir(parents=True)
         for index in range(count):
             pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)

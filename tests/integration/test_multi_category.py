@@ -126,5 +126,5 @@ def test_configuration_takes_any_datamodules(root, tmp_path):
         "screws": "MVTecAD",
         "cloth": "Folder",
     }
-    assert datamodule.counts["train normal"].to_dict() == {"screws": 12, "cloth": 12, "total": 24}
+    assert datamodule.counts["train normal"].to_dict() == {"screws": 10, "cloth": 10, "total": 20}
     assert datamodule.counts["test normal"].to_dict() == {"screws": 2, "cloth": 2, "total": 4}

@@ -191,7 +191,7 @@ def test_too_few_images_to_hold_out(gravel: Path, tmp_path: Path) -> None:
     shutil.copytree(gravel, root / "gravel")
     for file in sorted((root / "gravel" / "train" / "good").glob("*.png"))[5:]:
         file.unlink()
-    with pytest.raises(ValueError, match="5 training images leave fewer than 2 to set thresholds"):
+    with pytest.raises(ValueError, match="5 training images; 8 or more are needed, 4 of them to set thresholds"):
         fit(tmp_path, MVTecAD(root, "gravel", num_workers=0))
 
 
