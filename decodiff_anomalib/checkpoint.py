@@ -257,9 +257,8 @@ class CheckpointMixin(LightningModule):
         super().on_save_checkpoint(checkpoint)
         # The weights are in the checkpoint, and what rebuilds the network is in its identity.
         checkpoint["hyper_parameters"] |= {"codec": None, "weights": None, "init_from": None}
-        checkpoint[KEY] = self._identity(self.model.codec.spec)
+        checkpoint[KEY] = self._identity(self.model.codec.spec) | {"seed": self.seed}
         share_frozen(checkpoint)
-        checkpoint[KEY]["seed"] = self.seed
         if self._is_training() and not self._is_complete():
             checkpoint[PROGRESS] = {"generator": self._generator.get_state(), "replay": self._replay.state_dict()}
 

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_SIZE = 256  # pixels, of both sides
+GLOBAL_SEED = "PL_GLOBAL_SEED"  # environment variable that ``seed_everything`` sets
 
 
 class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
@@ -288,11 +289,14 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
     # ---------------------------------------------------------------- categories
 
     def _follow_seed(self) -> None:
-        """Draw the initial weights anew, if no seed was given and ``seed_everything`` has set another since."""
+        """Draw the initial weights anew, if no seed was given and ``seed_everything`` has set another since.
+
+        Weights that come from elsewhere stay.
+        """
         seed = _global_seed() if self.hparams["seed"] is None else self.seed
         if seed != self.seed:
             self.seed = seed
-            if self._source_categories is None:
+            if not (self._source_categories or self.hparams["weights"] or self.hparams["init_from"]):
                 self.model = self._build_model(self.model.codec, self.model).to(self.device)
 
     def _adopt_categories(self, names: tuple[str, ...]) -> None:
@@ -363,7 +367,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
     def setup(self, stage: str) -> None:
         """Seed a training."""
         if stage == "fit":
-            seed_everything(self.seed, workers=True)
+            _seed_training(self.seed)
             from decodiff_anomalib.corruption import ReplayBuffer
 
             self._generator = torch.Generator().manual_seed(self.seed + self.global_rank)
@@ -511,7 +515,17 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
 
 def _global_seed() -> int:
     """What ``seed_everything`` set, 0 by default."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    return int(os.environ.get(GLOBAL_SEED, "0"))
+
+
+def _seed_training(seed: int) -> None:
+    """As ``seed_everything``, which would also make this the seed of every later model that is given none."""
+    before = os.environ.get(GLOBAL_SEED)
+    seed_everything(seed, workers=True)
+    if before is None:
+        del os.environ[GLOBAL_SEED]
+    else:
+        os.environ[GLOBAL_SEED] = before
 
 
 def working_size(image_size: object, pre_processor: PreProcessor | bool) -> tuple[int, int]:
@@ -524,23 +538,31 @@ def working_size(image_size: object, pre_processor: PreProcessor | bool) -> tupl
     Raises:
         ValueError: If these are no two whole numbers, or contradict each other.
     """
-    transform = pre_processor.transform if isinstance(pre_processor, PreProcessor) else None
-    sized = extract_transforms_by_type(transform, (Resize, CenterCrop))
-    if sized:
-        size = tuple(sized[-1].size)
-        if len(size) != 2:
-            msg = (
-                f"The pre-processor's {sized[-1]} keeps the aspect ratio of each image, and images of a model have one "
-                f"size. Give both sides: ({size[0]}, {size[0]})."
-            )
-            raise ValueError(msg)
-        if image_size is not None and working_size(image_size, pre_processor=True) != size:
-            msg = f"image_size={image_size}, but the pre-processor makes images of {size}. Leave one of them out."
-            raise ValueError(msg)
-        return size
-    sides = DEFAULT_SIZE if image_size is None else image_size
-    sides = (sides, sides) if isinstance(sides, int) else sides
+    given = None if image_size is None else _as_size(image_size)
+    made = _size_of(pre_processor) if isinstance(pre_processor, PreProcessor) else None
+    if given and made and given != made:
+        msg = f"image_size={image_size}, but the pre-processor makes images of {made}. Leave one of them out."
+        raise ValueError(msg)
+    return given or made or (DEFAULT_SIZE, DEFAULT_SIZE)
+
+
+def _as_size(image_size: object) -> tuple[int, int]:
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         msg = f"image_size={image_size!r} must be one whole number, or two: height and width, such as (256, 320)."
+        raise ValueError(msg)
+    return sides[0], sides[1]
+
+
+def _size_of(pre_processor: PreProcessor) -> tuple[int, int] | None:
+    sized = extract_transforms_by_type(pre_processor.transform, (Resize, CenterCrop))
+    if not sized:
+        return None
+    sides = sized[-1].size
+    if len(sides) != 2:
+        msg = (
+            f"The pre-processor's {sized[-1]} keeps the aspect ratio of each image, and images of a model have one "
+            f"size. Give both sides: ({sides[0]}, {sides[0]})."
+        )
         raise ValueError(msg)
     return sides[0], sides[1]

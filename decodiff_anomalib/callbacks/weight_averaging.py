@@ -21,18 +21,25 @@ class WeightAveraging(LightningWeightAveraging):
     def __init__(self, decay: float) -> None:
         # Interpolates, which leaves frozen weights exactly as they are; EMAWeightAveraging adds two products.
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self._is_swapped = False
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swap averaged weights in."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._is_swapped = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap weights back, keep the buffers."""
         measured = [buffer.clone() for buffer in pl_module.buffers()]
         super().on_validation_epoch_end(trainer, pl_module)
+        self._is_swapped = False
         for buffer, value in zip(pl_module.buffers(), measured, strict=True):
             buffer.copy_(value)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Swap weights back, if training is interrupted in the middle of a validation."""
         del exception
-        if trainer.validating:
+        if self._is_swapped:
             self.on_validation_epoch_end(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

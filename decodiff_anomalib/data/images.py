@@ -21,18 +21,6 @@ from torchvision.transforms.v2.functional import resize
 
 from decodiff_anomalib.image_io import Depth, above_white, choose_white_level, inspect_image, is_image_file, read_image
 
-__all__ = [
-    "check_folders",
-    "image_owners",
-    "image_paths",
-    "inspect_images",
-    "is_image_file",
-    "read_image",
-    "reread",
-    "settle_white_level",
-    "sort_out",
-]
-
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 10  # broken files listed in an error

@@ -177,6 +177,46 @@ def _check_weights(name: str, backbone: Any, weights: str | Path) -> None:
         raise ValueError(msg)
 
 
+def _check_source(name: str, weights: str | Path | None) -> None:
+    """Check that timm has a backbone, and that its weights are a file that cannot execute code.
+
+    Raises:
+        ValueError: If not.
+    """
+    import timm
+
+    if ":" not in name and not timm.is_model(name):
+        msg = f"backbone={name!r} is not in timm; timm.list_models() names those that are. 'none' leaves features out."
+        raise ValueError(msg)
+    if weights is None:
+        return
+    if Path(weights).suffix != ".safetensors":
+        msg = (
+            f"backbone_weights={str(weights)!r} is not a .safetensors file; other formats can execute code. Convert it."
+        )
+        raise ValueError(msg)
+    if not Path(weights).is_file():
+        msg = f"backbone_weights={str(weights)!r} does not exist; give a .safetensors file under timm's names."
+        raise ValueError(msg)
+
+
+def _default_layers(name: str, plain: Any) -> list[int]:
+    """Four evenly spaced blocks of a transformer, the layers of :data:`STRIDES` of other backbones."""
+    import timm
+
+    if _is_transformer(plain):
+        blocks = len(plain.blocks)
+        return sorted({round(blocks * quarter / 4) - 1 for quarter in range(1, 5)})
+    with torch.device("meta"):
+        info = timm.create_model(name, features_only=True, pretrained=False).feature_info
+    return [index for index, stride in enumerate(info.reduction()) if stride in STRIDES]
+
+
+def _is_transformer(plain: Any) -> bool:
+    """Whether every block of a timm model has the same stride."""
+    return hasattr(plain, "blocks") and hasattr(plain, "patch_embed")
+
+
 def _load_backbone(name: str, weights: str | Path | None, layers: Sequence[int] | None) -> Any:
     """The layers of a backbone up to the last chosen one, frozen.
 
@@ -187,35 +227,20 @@ def _load_backbone(name: str, weights: str | Path | None, layers: Sequence[int] 
     """
     import timm
 
+    _check_source(name, weights)
     packaged = name == PACKAGED_BACKBONE and weights is None
-    if ":" not in name and not timm.is_model(name):
-        msg = f"backbone={name!r} is not in timm; timm.list_models() names those that are. 'none' leaves features out."
-        raise ValueError(msg)
-    if weights is not None and Path(weights).suffix != ".safetensors":
-        msg = (
-            f"backbone_weights={str(weights)!r} is not a .safetensors file; other formats can execute code. Convert it."
-        )
-        raise ValueError(msg)
-    if weights is not None and not Path(weights).is_file():
-        msg = f"backbone_weights={str(weights)!r} does not exist; give a .safetensors file under timm's names."
-        raise ValueError(msg)
-    options: dict[str, Any] = {"features_only": True, "pretrained": False}
+    options: dict[str, Any] = {"features_only": True, "pretrained": not packaged}
     try:
         with torch.device("meta"):  # for its layers alone
             plain = timm.create_model(name, pretrained=False)
-        if hasattr(plain, "blocks") and hasattr(plain, "patch_embed"):  # every block has the same stride
-            blocks = len(plain.blocks)
-            options |= {"dynamic_img_size": True}
-            layers = layers or sorted({round(blocks * quarter / 4) - 1 for quarter in range(1, 5)})
-        elif layers is None:
-            with torch.device("meta"):
-                info = timm.create_model(name, **options).feature_info
-            layers = [index for index, stride in enumerate(info.reduction()) if stride in STRIDES]
+        layers = _default_layers(name, plain) if layers is None else layers
+        options["out_indices"] = tuple(layers)
+        if _is_transformer(plain):
+            options["dynamic_img_size"] = True
         if weights is not None:
             _check_weights(name, plain, weights)
-        options |= {"out_indices": tuple(layers)}
-        overlay = {"pretrained_cfg_overlay": {"file": str(weights)}} if weights is not None else {}
-        backbone = timm.create_model(name, **options | {"pretrained": not packaged}, **overlay)
+            options["pretrained_cfg_overlay"] = {"file": str(weights)}
+        backbone = timm.create_model(name, **options)
     except (OSError, ConnectionError) as error:
         msg = (
             f"The weights of backbone={name!r} are not in the local cache and could not be fetched. "

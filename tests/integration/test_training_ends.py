@@ -280,6 +280,9 @@ def test_the_seed_is_that_of_seed_everything(monkeypatch: pytest.MonkeyPatch, ro
     assert torch.equal(one, trained("0", "1"))
     assert torch.equal(one, trained("5", "5", seed=1))
     assert not torch.equal(one, trained("2", "2"))
+    assert os.environ["PL_GLOBAL_SEED"] == "2", "a model's own seed is not that of later models"
+    trained("5", "5", seed=1)
+    assert os.environ["PL_GLOBAL_SEED"] == "5"
 
 
 def test_a_training_cannot_go_on_with_another_seed(root: Path, tmp_path: Path) -> None:

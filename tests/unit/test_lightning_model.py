@@ -171,3 +171,15 @@ def test_the_working_size_is_that_of_the_pre_processor() -> None:
 def test_sizes_that_are_none(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DeCoDiff(**arguments)
+
+
+def test_a_seed_set_later_draws_weights_anew_but_none_that_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, is_drawn in ((None, True), ("folder", False)):
+        monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+        model = DeCoDiff(image_size=64)
+        model.hparams["init_from"] = given
+        before = weights(model)
+        monkeypatch.setenv("PL_GLOBAL_SEED", "2")
+        model._follow_seed()
+        assert model.seed == 2
+        assert torch.equal(weights(model), before) is not is_drawn
