@@ -8,6 +8,7 @@ from scipy import stats
 from torch import nn
 
 FEWEST_NORMALS = 4  # images that set a threshold: of two or three, the prediction limit is out of all reach
+CONFIDENCE = 0.95
 HIGH_QUANTILE = 0.99
 RINGS = 4  # three along the border, and the interior
 RING_WIDTH = 8  # pixels, a cell of the latent grid
@@ -32,6 +33,30 @@ def prediction_limit(values: torch.Tensor, rate: float) -> torch.Tensor:
     quantile = float(stats.t.ppf(1 - rate, df=count - 1))
     spread = logs.std().clamp_min(SMALLEST)  # equal values stay below their limit in single precision, too
     return (logs.mean() + quantile * spread * math.sqrt(1 + 1 / count)).exp()
+
+
+def promised_rate(count: int, exceeding: int = 0) -> float:
+    """The false-alarm rate that normal images promise: with 95 % confidence, the true rate is not above it.
+
+    The upper limit of Clopper & Pearson (Hahn & Meeker, "Statistical Intervals", section 6.2). It supposes that further
+    images are like these.
+
+    Args:
+        count: Normal images that were not trained on.
+        exceeding: Those of them above the threshold.
+    """
+    return 1.0 if exceeding == count else float(stats.beta.ppf(CONFIDENCE, exceeding + 1, count - exceeding))
+
+
+def normals_needed(rate: float) -> int:
+    """Normal images below a threshold that are needed to promise ``rate``: 29 for 10 %, 59 for 5 %, 299 for 1 %."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-rate))
+
+
+def limit_of_mean(values: torch.Tensor) -> float:
+    """Upper 95 % confidence limit of the mean of ``values`` ``(N,)`` (Student's t), 2 or more."""
+    spread = float(values.double().std()) / math.sqrt(len(values))
+    return float(values.double().mean()) + float(stats.t.ppf(CONFIDENCE, df=len(values) - 1)) * spread
 
 
 class NormalRange(nn.Module):

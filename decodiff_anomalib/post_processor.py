@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import Batch, InferenceBatch
@@ -10,13 +10,33 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import CatMetric
 
-from decodiff_anomalib.calibration import FEWEST_NORMALS, prediction_limit
+from decodiff_anomalib.calibration import (
+    CONFIDENCE,
+    FEWEST_NORMALS,
+    limit_of_mean,
+    normals_needed,
+    prediction_limit,
+    promised_rate,
+)
 from decodiff_anomalib.conditioning import category_indices, category_names, vocabulary
 
 logger = logging.getLogger(__name__)
 
 
-MIN_NORMALS = 20
+class Promise(NamedTuple):
+    """What the thresholds of a category promise with 95 % confidence, for images like those they were set on.
+
+    Attributes:
+        category: Its name.
+        normals: Normal images that the thresholds were set on.
+        false_alarm_rate: Largest share of normal images above the image threshold.
+        pixel_false_alarm_rate: Largest mean share of their pixels above the pixel threshold; ``None`` without maps.
+    """
+
+    category: str
+    normals: int
+    false_alarm_rate: float
+    pixel_false_alarm_rate: float | None
 
 
 class DeCoDiffPostProcessor(PostProcessor):
@@ -45,8 +65,11 @@ class DeCoDiffPostProcessor(PostProcessor):
 
     Attributes:
         categories: Names of the categories, in the order of their indices.
-        image_thresholds: ``(K + 1,)``, of each category and over all of them; NaN where none was set.
+        image_thresholds: ``(K + 1,)``, of each category and over all of them, which also serves categories that have
+            too few normal images for their own; NaN before any were set.
         pixel_thresholds: The same for pixels.
+        normal_scores: For each category, the raw scores of the normal images that the thresholds were set on.
+        normal_pixel_rates: For each of these images, the share of its pixels above the pixel threshold.
 
     Raises:
         ValueError: If a rate is not between 0 and 0.5.
@@ -79,6 +102,8 @@ class DeCoDiffPostProcessor(PostProcessor):
 
     def _allocate_thresholds(self) -> None:
         """Register one row for each category and one over all, not set."""
+        self.normal_scores: list[list[float]] = [[] for _ in self.categories]
+        self.normal_pixel_rates: list[list[float]] = [[] for _ in self.categories]
         for name in ("image_thresholds", "pixel_thresholds"):
             not_set = torch.full((len(self.categories) + 1,), float("nan"), device=self._image_threshold.device)
             self.register_buffer(name, not_set)
@@ -87,12 +112,14 @@ class DeCoDiffPostProcessor(PostProcessor):
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "false_alarm_rate", "pixel_false_alarm_rate", "categories")
+        rates = "false_alarm_rate", "pixel_false_alarm_rate"
+        return (*super()._checkpoint_config_keys, *rates, "categories", "normal_scores", "normal_pixel_rates")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the configuration; the thresholds that follow are of its categories."""
-        super().load_checkpoint_config(config)
+        self.categories = tuple(config.get("categories", ()))
         self._allocate_thresholds()
+        super().load_checkpoint_config(config)
 
     # ---------------------------------------------------------------- thresholds
 
@@ -129,16 +156,11 @@ class DeCoDiffPostProcessor(PostProcessor):
         self._normal_scores.update(outputs.pred_score[normal].flatten().float())
         self._normal_categories.update(self._category_of(outputs)[normal].float())
         if outputs.anomaly_map is not None:
-            maps = outputs.anomaly_map[normal].flatten(1).float()
-            # Fifty times the share asked for is kept of each image, so that the share over all images is among it
-            # even if their maps differ much.
-            tail = math.ceil(min(1.0, 50 * self.pixel_false_alarm_rate) * maps.shape[1])
-            self._normal_pixel_tails.update(maps.topk(tail, dim=1).values)
-            self._pixels_of_image = maps.shape[1]
+            self._normal_pixel_tails.update(self.highest_pixels(outputs.anomaly_map[normal]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the thresholds."""
-        del pl_module
+        del trainer, pl_module
         if not self._normal_scores.update_called:
             return
         scores, category = (metric.compute().reshape(-1) for metric in (self._normal_scores, self._normal_categories))
@@ -146,42 +168,104 @@ class DeCoDiffPostProcessor(PostProcessor):
         for metric in (self._normal_scores, self._normal_pixel_tails, self._normal_categories):
             metric.reset()
         if len(scores) < FEWEST_NORMALS:
-            logger.warning(
-                "%d normal validation images set no threshold; %d are needed, %d are recommended.",
-                len(scores),
-                FEWEST_NORMALS,
-                MIN_NORMALS,
-            )
+            msg = "%d normal validation images set no threshold; %d are needed."
+            logger.warning(msg, len(scores), FEWEST_NORMALS)
             return
-        few = {}
-        for index, name in enumerate((*self.categories, None)):
-            chosen = slice(None) if name is None else category == index
-            count = len(scores[chosen])
-            if 0 < count < MIN_NORMALS:
-                few[name or "all categories"] = count
-            if count < FEWEST_NORMALS:
-                continue
-            self.image_thresholds[index] = prediction_limit(scores[chosen], self.false_alarm_rate)
-            if tails is not None:
-                highest = math.ceil(self.pixel_false_alarm_rate * count * self._pixels_of_image)
-                self.pixel_thresholds[index] = tails[chosen].flatten().topk(highest).values[-1]
+        self._allocate_thresholds()
+        self._set_row(-1, scores, tails)
+        for index, name in enumerate(self.categories):
+            chosen = category == index
+            if chosen.sum() >= FEWEST_NORMALS:
+                self.set_on_normals(name, scores[chosen], None if tails is None else tails[chosen])
+            else:
+                self.image_thresholds[index] = self.image_thresholds[-1]
+                self.pixel_thresholds[index] = self.pixel_thresholds[-1]
+
+    def set_on_normals(self, category: str, scores: torch.Tensor, tails: torch.Tensor | None) -> None:
+        """Set the thresholds of a category on its normal images, and keep their scores.
+
+        Args:
+            category: Its name.
+            scores: Raw scores ``(N,)``, 4 or more.
+            tails: The highest pixels ``(N, T)`` of each raw map, as :meth:`highest_pixels` gives them; ``None`` leaves
+                the pixel threshold.
+        """
+        index = self.categories.index(category)
+        self.normal_scores[index] = scores.tolist()
+        for row in (index, -1) if len(self.categories) == 1 else (index,):
+            self._set_row(row, scores, tails)
+        if tails is not None:
+            exceeding = tails > self.pixel_thresholds[index]
+            self.normal_pixel_rates[index] = (exceeding.sum(1) / self._pixels_of_image).tolist()
+
+    def set_rate(self, rate: float, category: str | None = None) -> None:
+        """Set image thresholds at a false-alarm rate in (0, 0.5), on the scores that were kept.
+
+        Args:
+            rate: Share of normal images to be called anomalous.
+            category: The only one to set; by default all, and the threshold over all.
+        """
+        for index, scores in enumerate(self.normal_scores):
+            if len(scores) >= FEWEST_NORMALS and category in {None, self.categories[index]}:
+                self.image_thresholds[index] = prediction_limit(torch.tensor(scores), rate)
+        if category is None or len(self.categories) == 1:
+            every = torch.tensor([score for scores in self.normal_scores for score in scores])
+            self.image_thresholds[-1] = prediction_limit(every, rate)
+            self._image_threshold.copy_(self.image_thresholds[-1])
+
+    def _set_row(self, row: int, scores: torch.Tensor, tails: torch.Tensor | None) -> None:
+        self.image_thresholds[row] = prediction_limit(scores, self.false_alarm_rate)
         self._image_threshold.copy_(self.image_thresholds[-1])
-        self._pixel_threshold.copy_(self.pixel_thresholds[-1])
-        if trainer.is_global_zero:
-            logger.info(
-                "Thresholds from %d normal images, for a false-alarm rate of %g (pixels %g): scores %s, pixels %s.",
-                len(scores),
-                self.false_alarm_rate,
-                self.pixel_false_alarm_rate,
-                [f"{value:.4g}" for value in self.image_thresholds.tolist()],
-                [f"{value:.4g}" for value in self.pixel_thresholds.tolist()],
+        if tails is not None:
+            highest = math.ceil(self.pixel_false_alarm_rate * len(scores) * self._pixels_of_image)
+            self.pixel_thresholds[row] = tails.flatten().topk(highest).values[-1]
+            self._pixel_threshold.copy_(self.pixel_thresholds[-1])
+
+    def highest_pixels(self, maps: torch.Tensor) -> torch.Tensor:
+        """The highest pixels ``(N, T)`` of ``maps`` ``(N, ...)``, among which the pixel threshold lies.
+
+        Fifty times the share asked for is kept of each image, so that the share over all images is among it even if
+        their maps differ much.
+        """
+        maps = maps.flatten(1).float()
+        self._pixels_of_image = maps.shape[1]
+        return maps.topk(math.ceil(min(1.0, 50 * self.pixel_false_alarm_rate) * maps.shape[1]), dim=1).values
+
+    # ---------------------------------------------------------------- what they promise
+
+    def promises(self) -> list[Promise]:
+        """What the thresholds of each category promise; of categories that have their own thresholds."""
+        promises = []
+        for index, name in enumerate(self.categories):
+            scores, pixels = self.normal_scores[index], self.normal_pixel_rates[index]
+            if len(scores) < FEWEST_NORMALS:
+                continue
+            exceeding = sum(score > float(self.image_thresholds[index]) for score in scores)
+            pixel_rate = limit_of_mean(torch.tensor(pixels)) if pixels else None
+            promises.append(Promise(name, len(scores), promised_rate(len(scores), exceeding), pixel_rate))
+        return promises
+
+    def describe(self) -> str:
+        """The promises in words, one line for each category."""
+        lines = []
+        for promise in self.promises():
+            line = (
+                f"{promise.category}: at most {promise.false_alarm_rate:.1%} of normal images above the threshold, "
+                f"promised with {CONFIDENCE:.0%} confidence by {promise.normals} normal images"
             )
-            if few:
-                logger.warning(
-                    "Thresholds lie high because they are set on few normal images: %s. %d or more are recommended.",
-                    ", ".join(f"{count} of {name}" for name, count in few.items()),
-                    MIN_NORMALS,
-                )
+            if promise.false_alarm_rate > self.false_alarm_rate:
+                needed = normals_needed(self.false_alarm_rate)
+                line += f"; promising the {self.false_alarm_rate:.1%} asked for takes {needed}"
+            if promise.pixel_false_alarm_rate is not None:
+                line += f". Pixels: at most {promise.pixel_false_alarm_rate:.2%} of them"
+            lines.append(line + ".")
+        return "\n".join(lines)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the thresholds promise."""
+        del pl_module
+        if trainer.is_global_zero and self.has_thresholds:
+            logger.info("False alarms on images like these:\n%s", self.describe())
 
     def _category_of(self, batch: Batch) -> torch.Tensor:
         """Index ``(B,)`` of each image's category, the number of categories where it has none."""
@@ -241,9 +325,8 @@ class DeCoDiffPostProcessor(PostProcessor):
 
     @staticmethod
     def _threshold(thresholds: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Thresholds ``(B,)`` of images of ``category`` ``(B,)``; that over all where a category has none."""
-        own = thresholds[category]
-        return torch.where(own.isnan(), thresholds[-1], own)
+        """Thresholds ``(B,)`` of images of ``category`` ``(B,)``."""
+        return thresholds[category]
 
 
 def _normalise(values: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from decodiff_anomalib.calibration import NormalRange, prediction_limit
+from decodiff_anomalib.calibration import (
+    NormalRange,
+    limit_of_mean,
+    normals_needed,
+    prediction_limit,
+    promised_rate,
+)
 
 
 @pytest.mark.parametrize("count", [10, 24, 100])
@@ -48,3 +54,29 @@ def test_the_border_has_a_range_of_its_own() -> None:
     torch.testing.assert_close(excess[:, :4], torch.ones(96, 4), atol=5e-3, rtol=0)
     assert excess[32:64, 32:48].numpy() == pytest.approx(1 + (math.log(3) / 0.2326) ** 2, rel=0.1)
     assert excess[48].diff().abs().max() < excess.max() / 3, "no step between the rings"
+
+
+# ---------------------------------------------------------------- what normal images promise
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.1, 29), (0.05, 59), (0.02, 149), (0.01, 299)])
+def test_the_number_of_normal_images_that_a_promise_takes(rate: float, count: int) -> None:
+    """Wilks: (1 - rate)^count is the probability that none of them exceeds what a share ``rate`` exceeds."""
+    assert normals_needed(rate) == count
+    assert promised_rate(count) <= rate < promised_rate(count - 1)
+
+
+def test_a_promise_is_kept_in_95_of_100_cases() -> None:
+    """The threshold is fixed; the true rate is 6 %, and each of 2,000 inspections has 60 normal images."""
+    exceeding = torch.binomial(
+        torch.full((2000,), 60.0), torch.tensor(0.06), generator=torch.Generator().manual_seed(0)
+    )
+    kept = sum(promised_rate(60, int(count)) >= 0.06 for count in exceeding)
+    assert 0.95 <= kept / 2000 < 1
+    assert promised_rate(5, 5) == 1
+
+
+def test_the_limit_of_a_mean_covers_it() -> None:
+    draws = torch.rand(2000, 20, generator=torch.Generator().manual_seed(0))
+    covered = sum(limit_of_mean(values) >= 0.5 for values in draws)
+    assert covered / 2000 == pytest.approx(0.95, abs=0.015)

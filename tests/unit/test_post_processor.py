@@ -6,7 +6,7 @@ import pytest
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 
-from decodiff_anomalib.calibration import prediction_limit
+from decodiff_anomalib.calibration import prediction_limit, promised_rate
 from decodiff_anomalib.data.dataset import CategoryBatch
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 
@@ -197,3 +197,41 @@ def test_what_cannot_be_scored_does_not_pass() -> None:
     assert predictions.pred_mask.all()
     with pytest.raises(ValueError, match="score of validation image 1 of a batch is not a number"):
         calibrate(processor, torch.tensor([1.0, torch.nan]), torch.rand(2, 1, 8, 8))
+
+
+# ---------------------------------------------------------------- what thresholds promise, and moving them
+
+
+def test_thresholds_say_what_they_promise(two_categories) -> None:
+    """Of 60 scores of each category, 5 % of a log-normal distribution lie above its limit."""
+    for index, promise in enumerate(two_categories.promises()):
+        scores = scores_of(promise.category, 60, seed=0)
+        exceeding = int((scores > two_categories.image_thresholds[index]).sum())
+        assert promise.normals == 60
+        assert promise.false_alarm_rate == promised_rate(60, exceeding)
+        assert 0.001 < promise.pixel_false_alarm_rate < 0.01  # the mean share is 0.001
+    words = two_categories.describe()
+    assert "bolt: at most " in words
+    assert "promising the 5.0% asked for takes 59" in words
+
+
+def test_a_rate_can_be_changed_on_the_scores_that_were_kept(two_categories) -> None:
+    restored = DeCoDiffPostProcessor()
+    restored.load_checkpoint_config(two_categories.checkpoint_config())
+    restored.load_state_dict(two_categories.state_dict())
+    restored.set_rate(0.2, "felt")
+    assert restored.image_thresholds[0] == two_categories.image_thresholds[0]
+    assert restored.image_thresholds[1] == pytest.approx(float(prediction_limit(scores_of("felt", 60, seed=0), 0.2)))
+    restored.set_rate(0.2)
+    assert restored.image_thresholds[0] == pytest.approx(float(prediction_limit(scores_of("bolt", 60, seed=0), 0.2)))
+
+
+def test_a_category_with_few_normal_images_has_the_threshold_over_all() -> None:
+    processor = DeCoDiffPostProcessor()
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(categories=list(SCALES)), **vars(TRAINER))
+    processor.setup(trainer, SimpleNamespace(), "fit")
+    for category, count in {"bolt": 30, "felt": 3}.items():
+        processor.on_validation_batch_end(TRAINER, None, batch_of(category, scores_of(category, count, seed=0)))
+    processor.on_validation_epoch_end(TRAINER, None)
+    assert processor.image_thresholds[1] == processor.image_thresholds[2] > processor.image_thresholds[0]
+    assert [promise.category for promise in processor.promises()] == ["bolt"]
