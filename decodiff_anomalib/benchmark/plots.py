@@ -17,6 +17,7 @@ from PIL import Image
 from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.benchmark.record import CURVES, MAPS, Run
 from decodiff_anomalib.benchmark.report import HEADINGS, MEAN, display_names, run_categories
+from decodiff_anomalib.scale import COLOURS as COLOURS_OF_MAPS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 LINES = {"multi": "-", "single": "--"}
@@ -170,7 +171,7 @@ def contact_sheet(runs: Sequence[Run], names: dict[str, str], output: Path) -> F
     for model, mode in dict.fromkeys((run.model, run.mode) for run in runs):
         images, title = kept[model, mode].values(), f"{names[model]}{f', {mode}' if several else ''}"
         low, high = np.quantile(np.stack([image["maps"] for image in images]).astype(float), (0.005, 0.995))
-        scale = {"norm": TwoSlopeNorm(0.5, min(low, 0.45), max(high, 0.55)), "cmap": "RdBu_r"}
+        scale = {"norm": TwoSlopeNorm(0.5, min(low, 0.45), max(high, 0.55)), "cmap": COLOURS_OF_MAPS}
         columns.append((title, "maps", (model, mode), scale))
         if any("corrections" in image for image in images):
             columns.append((f"{title}: correction", "corrections", (model, mode), {}))
