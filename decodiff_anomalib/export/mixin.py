@@ -122,7 +122,7 @@ class ExportMixin:
         Raises:
             ModuleNotFoundError: If the extra ``openvino`` is not installed.
             OSError: If the folder cannot be written to.
-            ParityError: If the files' maps or scores differ from the model's by more than 1e-3, or 5e-2 with ``FP16``;
+            ParityError: If the files' maps or scores differ from the model's by more than 1e-3, or 0.1 with ``FP16``;
                 they are not written then. With integers, the difference is measured only.
             ValueError: If ``INT8_PTQ`` or ``INT8_ACQ`` has no datamodule, or an output is unknown.
         """
