@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 VERBS: dict[str, str] = {
     "benchmark": "decodiff_anomalib.benchmark.command:benchmark",
     "convert": "decodiff_anomalib.weights:convert",
+    "report": "decodiff_anomalib.report:report",
     "settings": "decodiff_anomalib.presets:show_settings",
     "reproduce": "decodiff_anomalib.benchmark.reproduce:reproduce",
 }

@@ -49,6 +49,7 @@ from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.precision import computes_bfloat16
 from decodiff_anomalib.presets import SettingsOverrides, given_overrides, resolve
+from decodiff_anomalib.report import ReportWriter
 from decodiff_anomalib.visualizer import DeCoDiffVisualizer
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         predictions: CSV file that a prediction appends its scores to; images of a folder that it lists are left out,
             which lets an interrupted prediction go on. By default a new ``predictions.csv`` in the run's folder. See
             :class:`decodiff_anomalib.callbacks.PredictionTable`.
+        report: Whether tests and predictions end with ``report.html``, a page with tables, plots and all images. See
+            :class:`decodiff_anomalib.report.ReportWriter`.
         pre_processor: As in Anomalib.
         post_processor: As in Anomalib.
         evaluator: As in Anomalib.
@@ -139,6 +142,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         seed: int | None = None,
         unreadable: str = "skip",
         predictions: str | Path | None = None,
+        report: bool = False,
         pre_processor: PreProcessor | bool = True,
         post_processor: DeCoDiffPostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -181,6 +185,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         self.settings = resolve(preset, settings, arguments)
         self.hparams["settings"] = given_overrides(settings)  # plain data, as checkpoints need it
         self.hparams["predictions"] = None  # a file of this run, which checkpoints must not hand on
+        self.hparams["report"] = False  # neither what was asked for this run
         self.seed = _global_seed() if seed is None else seed
         self.calibration_split = calibration_split
         self.white_level = white_level
@@ -192,6 +197,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             self.categories = config.categories or tuple(str(row) for row in range(config.num_categories))
         self._image_files = ImageFiles()
         self._prediction_table = PredictionTable(predictions, unreadable, self._image_files)
+        self._report = [ReportWriter()] if report else []
         self._duration = TrainingDuration(self.settings.training.steps)
         if builds_model():
             self.model = self._build_model(self.settings.latents.codec)
@@ -265,9 +271,9 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         if type(datamodule) is MVTecAD:
             check_folders(datamodule)
         if self.trainer.state.fn == TrainerFn.PREDICTING:
-            return [*components, self._image_files, self._prediction_table]
+            return [*components, self._image_files, self._prediction_table, *self._report]
         if self.trainer.state.fn != TrainerFn.FITTING:
-            return [*components, self._image_files]
+            return [*components, self._image_files, *self._report]
         self._duration.prepare(self.trainer)
         use_atomic_checkpoints(self.trainer)
         self._follow_seed()

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from decodiff_anomalib.image_io import read_image
-from decodiff_anomalib.scale import paint
+from decodiff_anomalib.scale import AT_THRESHOLD, paint
 
 IMAGE, CORRECTION, MAP, MASK = "image", "correction", "map", "mask"
 
@@ -40,6 +40,11 @@ def views(batch: ImageBatch, index: int, size: tuple[int, int], white_level: flo
         name: view.resize(shown, Image.Resampling.NEAREST if name == MASK else Image.Resampling.LANCZOS).convert("RGB")
         for name, view in found.items()
     }
+
+
+def label_threshold(model: object) -> float:
+    """The normalised score above which a model's images are anomalous."""
+    return 1 - getattr(getattr(model, "post_processor", None), "image_sensitivity", 1 - AT_THRESHOLD)
 
 
 def highest_raw(batch: ImageBatch, index: int) -> float | None:

@@ -20,7 +20,7 @@ from decodiff_anomalib.conditioning import UNKNOWN
 from decodiff_anomalib.data.run_images import ImageNumbers, absolute, common_folder, datasets_of
 from decodiff_anomalib.image_io import SUFFIXES
 from decodiff_anomalib.scale import HIGHEST, LOWEST, TICKS, colour_bar, multiple_of_threshold
-from decodiff_anomalib.views import CORRECTION, IMAGE, MAP, MASK, highest_raw, views
+from decodiff_anomalib.views import CORRECTION, IMAGE, MAP, MASK, highest_raw, label_threshold, views
 
 LONGEST_NAME = 200
 """Bytes of a picture's file name; file systems allow 255, of which :func:`atomic_write` needs some."""
@@ -77,7 +77,7 @@ class DeCoDiffVisualizer(ImageVisualizer):
         """Save one picture per image."""
         del outputs, batch_idx, dataloader_idx
         output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
-        threshold = 1 - getattr(getattr(pl_module, "post_processor", None), "image_sensitivity", 0.5)
+        threshold = label_threshold(pl_module)
         for index, name in enumerate(self._numbers.names(batch)):
             shown = views(batch, index, self.field_size, getattr(pl_module, "white_level", None))
             picture = compose(headline(batch, index, threshold, name), _panels(batch, index, shown))

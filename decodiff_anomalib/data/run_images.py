@@ -50,12 +50,18 @@ class ImageNumbers:
     def __init__(self, trainer: Trainer) -> None:
         self._rank, self._processes, self._seen = trainer.global_rank, trainer.world_size, 0
 
-    def names(self, batch: ImageBatch) -> list[str]:
-        """A name for each image of the next batch ``(B,)``."""
+    def numbered(self, batch: ImageBatch) -> list[tuple[int, str]]:
+        """The number in the data and the name of each image of the next batch ``(B,)``."""
         first, self._seen = self._seen, self._seen + len(batch)
         paths = batch.image_path or [None] * len(batch)
         numbers = (seen * self._processes + self._rank for seen in range(first, self._seen))
-        return [str(path) if path else f"image-{number:06d}" for path, number in zip(paths, numbers, strict=True)]
+        return [
+            (number, str(path) if path else f"image-{number:06d}") for path, number in zip(paths, numbers, strict=True)
+        ]
+
+    def names(self, batch: ImageBatch) -> list[str]:
+        """A name for each image of the next batch ``(B,)``."""
+        return [name for _, name in self.numbered(batch)]
 
 
 # ---------------------------------------------------------------- leaving images out

@@ -1,0 +1,18 @@
+"""``decodiff report``: the page of a run, made again from what the run left behind."""
+
+from pathlib import Path
+
+from decodiff_anomalib.report.records import ReportFolder
+from decodiff_anomalib.report.writer import require_report
+
+
+def report(run: Path) -> None:
+    """Make the report of a test or prediction again, or that of an interrupted one.
+
+    Args:
+        run: Folder of a run with ``--model.report true``; ``report.html`` is written to it.
+    """
+    require_report()
+    from decodiff_anomalib.report.page import write_page
+
+    print(write_page(ReportFolder(run)))
