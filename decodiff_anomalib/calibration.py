@@ -9,6 +9,8 @@ from torch import nn
 
 FEWEST_NORMALS = 4  # images that set a threshold: of two or three, the prediction limit is out of all reach
 CONFIDENCE = 0.95
+CLEAN_QUANTILE = 0.25  # of a map: even large defects move it little
+SHIFT_RATE = 0.001  # of normal images that are taken for shifted
 HIGH_QUANTILE = 0.99
 RINGS = 4  # three along the border, and the interior
 RING_WIDTH = 8  # pixels, a cell of the latent grid
@@ -102,6 +104,38 @@ class NormalRange(nn.Module):
         rings = _rings(size).to(maps).flatten(1)
         median, high = ((limit[category, column] @ rings).view(-1, 1, *size) for limit in (self.median, self.high))
         return 1 + ((torch.maximum(maps, median) / median).log() / (high / median).log()).square()
+
+
+class CommonShift(nn.Module):
+    """How much farther a whole image is from its references than normal images are, which is no defect.
+
+    Another camera or lamp, or a surface of which the training images show another part, raise a map everywhere; a
+    defect raises it in one place. The level of a map is its lower quartile. Maps whose level exceeds what one normal
+    image in a thousand exceeds are divided by the excess; what then stands out does so within its own image.
+
+    Args:
+        num_categories: ``K``; row ``K`` is fitted to all categories and serves unknown images.
+    """
+
+    def __init__(self, num_categories: int) -> None:
+        super().__init__()
+        self.limits: torch.Tensor
+        self.register_buffer("limits", torch.full((num_categories + 1,), float("inf")))  # nothing is shifted
+
+    @torch.no_grad()
+    def fit(self, row: int, maps: torch.Tensor) -> None:
+        """Set the limit of category ``row`` from ``maps`` ``(N, 1, H, W)`` of normal images, 2 or more."""
+        if len(maps) > 1:
+            self.limits[row] = prediction_limit(_level(maps), SHIFT_RATE).clamp_min(SMALLEST)
+
+    def forward(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """``maps`` ``(B, 1, H, W)`` of ``category`` ``(B,)`` without the shift."""
+        return maps / (_level(maps) / self.limits[category]).clamp_min(1).view(-1, 1, 1, 1)
+
+
+def _level(maps: torch.Tensor) -> torch.Tensor:
+    """Level ``(B,)`` of maps ``(B, 1, H, W)``."""
+    return maps[:, 0, ::4, ::4].flatten(1).float().quantile(CLEAN_QUANTILE, dim=1)
 
 
 def _rings(size: Sequence[int]) -> torch.Tensor:

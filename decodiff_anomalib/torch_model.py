@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from decodiff_anomalib.calibration import NormalRange
+from decodiff_anomalib.calibration import CommonShift, NormalRange
 from decodiff_anomalib.codec import Codec, build_codec
 from decodiff_anomalib.conditioning import CategoryRouter
 from decodiff_anomalib.corruption import ReplayBuffer, corrupt_latents, draw_defects
@@ -24,6 +24,7 @@ from decodiff_anomalib.schedule import DeviationSchedule
 from decodiff_anomalib.settings import Settings
 
 CODEC = "codec"  # the name of its group of latents; those of the features have the backbone's names
+FEATURE = "feature"  # the level of distances from references
 MIN_LATENT_STD = 0.2
 GREY_LEVEL = 2 / 255  # of 8 bits, for images in [-1, 1]: what constant images vary by at least
 MIN_DEVIATION = 1e-4  # of latents of unit variance; smaller units would make rounding errors visible
@@ -165,6 +166,9 @@ class DeCoDiffModel(nn.Module):
 
         self.normal_range = (
             NormalRange(settings.available_levels, num_categories) if settings.maps.normal_range else None
+        )
+        self.common_shift = (
+            CommonShift(num_categories) if self.normal_range and FEATURE in settings.available_levels else None
         )
         exemplars = settings.correction.exemplars
         self.exemplars = Exemplars(exemplars, (image_size[0], image_size[1]), num_categories) if exemplars else None
@@ -335,10 +339,17 @@ class DeCoDiffModel(nn.Module):
 
     def fuse(self, maps: dict[str, torch.Tensor], category: torch.Tensor) -> torch.Tensor:
         """Anomaly map ``(B, 1, H, W)`` from the maps of the levels."""
+        maps = self._without_shift(maps, category)
         if self.normal_range:
             maps = {level: self.normal_range(values, level, category) for level, values in maps.items()}
         weights = [self.settings.maps.levels[level] for level in maps]
         return fuse(*maps.values(), weights=weights, mode=self.settings.maps.fusion)
+
+    def _without_shift(self, maps: dict[str, torch.Tensor], category: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Maps of the levels as :class:`CommonShift` leaves them; what the denoiser corrects has no shift."""
+        if self.common_shift is None or FEATURE not in maps:
+            return maps
+        return maps | {FEATURE: self.common_shift(maps[FEATURE], category)}
 
     def score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Score ``(B,)`` of maps ``(B, 1, H, W)``: their maximum, or the mean of the highest cells of the latent grid.
@@ -532,6 +543,15 @@ class DeCoDiffModel(nn.Module):
             decoded = (self.decode(latents, batch.category) for latents in (batch.latents, after))
             parts.append(self.level_maps(levels, batch, after, *decoded))
         maps = {level: torch.cat([part[level] for part in parts]) for level in levels}
+        self._calibrate_maps(maps, category)
+
+    def _calibrate_maps(self, maps: dict[str, torch.Tensor], category: torch.Tensor) -> None:
+        """Measure shifts, normal ranges and the threshold of cells on the maps of the levels."""
+        rows = _rows(category)
+        if self.common_shift:
+            for row, chosen in rows:
+                self.common_shift.fit(row, maps[FEATURE][chosen])
+        maps = self._without_shift(maps, category)
         if self.normal_range:
             for level, values in maps.items():
                 for row, chosen in rows:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from decodiff_anomalib.calibration import (
+    CommonShift,
     NormalRange,
     limit_of_mean,
     normals_needed,
@@ -80,3 +81,24 @@ def test_the_limit_of_a_mean_covers_it() -> None:
     draws = torch.rand(2000, 20, generator=torch.Generator().manual_seed(0))
     covered = sum(limit_of_mean(values) >= 0.5 for values in draws)
     assert covered / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+# ---------------------------------------------------------------- images that differ as a whole
+
+
+def test_a_shift_of_the_whole_image_is_taken_away_and_a_defect_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    brightness = torch.randn(40, 1, 1, 1, generator=generator).mul(0.1).exp()
+    normal = brightness * (5 + torch.rand(40, 1, 64, 64, generator=generator))
+    shift = CommonShift(num_categories=1)
+    alone, defective = torch.tensor([0]), normal[:1].clone()
+    defective[..., :32] *= 1.5  # half of the image
+    torch.testing.assert_close(shift(3 * normal[:1], alone), 3 * normal[:1])  # not fitted yet
+    shift.fit(0, normal)
+    assert torch.equal(shift(normal, torch.zeros(40, dtype=torch.long)), normal)
+    assert torch.equal(shift(defective, alone), defective)
+    assert torch.equal(shift(3 * normal[:1], alone + 1), 3 * normal[:1])  # of another row
+    level = normal[:, 0, ::4, ::4].flatten(1).quantile(0.25, dim=1)
+    found = shift(3 * normal[:1], alone)
+    torch.testing.assert_close(found, (normal[:1] / level[0] * prediction_limit(level, 0.001)).float())
+    torch.testing.assert_close(shift(found, alone), found)
