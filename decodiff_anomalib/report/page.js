@@ -266,30 +266,39 @@ function showBadge(badge, image) {
 function scoreText(image) {
   if (Number.isNaN(image.score)) return "no score";
   const times = multiple(image.score, thresholdOf(image));
-  return `score ${plain(image.score)}${times === null ? "" : ` · ${plain(+times.toPrecision(3))} × the threshold`}`;
+  return `score ${image.score.toPrecision(3)}${times === null ? "" : ` · ${plain(+times.toPrecision(3))} × the threshold`}`;
 }
 
+/** The views of an image, cut out of its thumbnail: one in this file, else one in the folder beside it, if any. */
 function fillViews(place, image) {
-  const picture = thumbnails[image.number];
+  const embedded = thumbnails[image.number];
+  const source = embedded
+    ? `data:image/webp;base64,${embedded}`
+    : `${data.thumbnails}/${String(image.number).padStart(6, "0")}.webp`;
+  place.style.setProperty("--count", image.views.length);
   place.replaceChildren();
-  place.style.setProperty("--count", picture ? image.views.length : 1);
-  if (!picture) {
-    const without = document.createElement("span");
-    without.className = "without";
-    without.textContent = "Its picture is not in this file.";
-    place.append(without);
+  if (image.aspect === null) {
+    showMissing(place);
     return;
   }
   image.views.forEach((name, index) => {
     const view = element("view-template").content.cloneNode(true);
     const shown = view.querySelector("img");
-    shown.src = `data:image/webp;base64,${picture}`;
     shown.alt = `${name} of ${image.name}`;
     shown.style.objectPosition = `${image.views.length > 1 ? (100 * index) / (image.views.length - 1) : 50}% 50%`;
+    shown.addEventListener("error", () => showMissing(place));
+    shown.src = source;
     view.querySelector(".frame").style.setProperty("--aspect", image.aspect);
     view.querySelector(".caption").textContent = name;
     place.append(view);
   });
+}
+
+function showMissing(place) {
+  const missing = document.createElement("span");
+  missing.className = "without";
+  missing.textContent = "Its picture is not in this file.";
+  place.replaceChildren(missing);
 }
 
 function cardOf(image) {

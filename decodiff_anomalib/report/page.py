@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from io import BytesIO
+from itertools import zip_longest
 from os.path import commonpath
 from pathlib import Path, PurePath
 from typing import Any
@@ -71,19 +72,18 @@ def render(run: Run, images: Sequence[Image], folder: ReportFolder) -> str:
     """
     categories = sections(run, images)
     edges = np.linspace(*Scores.of(images).limits(normalised=run.threshold is not None), BINS + 1)
-    shown, thumbnails = _embed(images, categories, folder)
+    aspects, thumbnails = _embed(images, categories, folder)
     environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment.get_template("page.html.j2").render(
         run=run,
         images=len(images),
         labelled=any(image.defective is not None for image in images),
-        has_corrections=any("correction" in image.views for image in images),
-        left_out=len(images) - len(shown),
-        thumbnails_folder=f"{FOLDER}/{THUMBNAILS}",
+        unscored=sum(math.isnan(image.score) for image in images),
+        left_out=len(images) - len(thumbnails),
         categories=categories,
         columns=_columns(categories),
-        data=_data(run, images, categories, edges, shown),
+        data=_data(run, images, categories, edges, aspects),
         thumbnails=thumbnails,
         plots={"histogram": histogram(edges), "curve": precision_recall()},
         library=Markup(library()),  # noqa: S704 - of the plotting library itself
@@ -119,6 +119,9 @@ def sections(run: Run, images: Sequence[Image]) -> list[Section]:
 def _columns(categories: Sequence[Section]) -> list[dict[str, str]]:
     """Columns of the table: their key, heading and explanation, for what the labels and masks allow."""
     labels = [image.defective for image in categories[0].images] if categories else []
+    is_raw = any(category.raw_threshold is not None for category in categories)
+    threshold = "Raw threshold" if is_raw else "Threshold"
+    above = "Raw score above which an image is anomalous" if is_raw else "Score above which an image is anomalous"
     columns = [("images", "Images", "Number of images")]
     if any(label is not None for label in labels):
         columns += [
@@ -126,7 +129,7 @@ def _columns(categories: Sequence[Section]) -> list[dict[str, str]]:
             ("defective", "Defective", "Images labelled defective"),
             ("auroc", "Image AUROC", "Area under the ROC curve of the image scores; of all categories, the mean"),
             ("ap", "Image AP", "Average precision of the image scores; of all categories, the mean"),
-            ("threshold", "Threshold", "Score above which an image is anomalous"),
+            ("threshold", threshold, above),
             ("false_alarms", "False alarms", "Normal images above the threshold, and their share of the normal images"),
             ("misses", "Misses", "Defective images not above the threshold"),
             ("detected", "Detected", "Share of the defective images that are above the threshold"),
@@ -136,7 +139,7 @@ def _columns(categories: Sequence[Section]) -> list[dict[str, str]]:
         columns += [(key, text, f"{text} of the maps") for key, text in names.items() if key in pixels]
     else:
         columns += [
-            ("threshold", "Threshold", "Score above which an image is anomalous"),
+            ("threshold", threshold, above),
             ("flagged", "Above it", "Images above the threshold, and their share"),
         ]
     return [dict(zip(("key", "heading", "explanation"), column, strict=True)) for column in columns]
@@ -146,7 +149,7 @@ def _columns(categories: Sequence[Section]) -> list[dict[str, str]]:
 
 
 def _data(
-    run: Run, images: Sequence[Image], categories: Sequence[Section], edges: np.ndarray, shown: dict[int, float]
+    run: Run, images: Sequence[Image], categories: Sequence[Section], edges: np.ndarray, aspects: dict[int, float]
 ) -> dict[str, Any]:
     """Scores and figures, as JSON can hold them."""
     names = [category.name for category in categories]
@@ -161,6 +164,7 @@ def _data(
         "labelled": any(image.defective is not None for image in images),
         "edges": edges.tolist(),
         "folder": folder,
+        "thumbnails": f"{FOLDER}/{THUMBNAILS}",
         "categories": figures,
         "images": [
             {
@@ -173,7 +177,7 @@ def _data(
                 "inferred": image.inferred,
                 "ood": _plain(image.ood_score),
                 "views": image.views,
-                "aspect": shown.get(image.number),
+                "aspect": aspects.get(image.number),
             }
             for image in images
         ],
@@ -213,39 +217,43 @@ def _plain(value: float | None) -> float | None:
 
 
 def order_of_interest(images: Sequence[Image], thresholds: dict[str, float]) -> list[Image]:
-    """Images in the order in which a page shows their thumbnails as long as there is room.
+    """Images in the order in which a page takes their thumbnails in as long as there is room.
 
-    First false alarms and misses, the worst first; then the others, those nearest to the threshold first.
+    Misses and alarms that are not known to be right come first, in turn and the worst first; then the others, those
+    nearest to the threshold first.
 
     Args:
         images: Any.
         thresholds: Of their categories.
     """
 
-    def key(image: Image) -> tuple[bool, float]:
-        margin = image.score - thresholds[image.category]
-        flagged = not margin <= 0
-        distance = math.inf if math.isnan(margin) else abs(margin)
-        wrong = image.defective is not None and image.defective != flagged
-        return (not wrong, -distance if wrong else distance)
+    def margin(image: Image) -> float:
+        return math.inf if math.isnan(image.score) else image.score - thresholds[image.category]
 
-    return sorted(images, key=key)
+    misses = [image for image in images if image.defective and margin(image) <= 0]
+    alarms = [image for image in images if not image.defective and margin(image) > 0]
+    in_turn = zip_longest(sorted(misses, key=margin), sorted(alarms, key=margin, reverse=True))
+    first = [image for pair in in_turn for image in pair if image is not None]
+    numbers = {image.number for image in first}
+    others = [image for image in images if image.number not in numbers]
+    return first + sorted(others, key=lambda image: abs(margin(image)))
 
 
 def _embed(
     images: Sequence[Image], categories: Sequence[Section], folder: ReportFolder
 ) -> tuple[dict[int, float], dict[int, str]]:
-    """Number of each image whose thumbnail has room in the page to the aspect ratio of its views, and to its data."""
-    aspects, data, left = {}, {}, EMBEDDED_BYTES
+    """Number of each image to the aspect ratio of its views, and to its thumbnail, of as many as there is room for."""
+    aspects, embedded, left = {}, {}, EMBEDDED_BYTES
     for image in order_of_interest(images, {category.name: category.threshold for category in categories}):
         file = folder.thumbnail(image.number)
-        if not image.views or not file.is_file() or file.stat().st_size > left:
+        if not image.views or not file.is_file():
             continue
-        left -= file.stat().st_size
         with Picture.open(file) as strip:
             aspects[image.number] = round(strip.width / len(image.views) / strip.height, 4)
-        data[image.number] = base64.b64encode(file.read_bytes()).decode()
-    return aspects, data
+        left -= file.stat().st_size
+        if left >= 0:
+            embedded[image.number] = base64.b64encode(file.read_bytes()).decode()
+    return aspects, embedded
 
 
 def _data_uri(picture: Picture.Image) -> str:

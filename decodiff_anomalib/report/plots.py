@@ -35,6 +35,8 @@ def _frame(x_label: str, y_label: str, **options: Any) -> Any:
     )
     frame.xgrid.visible = False
     frame.axis.minor_tick_line_color = None
+    frame.axis.axis_label_text_font_style = "normal"
+    frame.axis.major_label_text_font_size = "12px"
     return frame
 
 

@@ -22,7 +22,7 @@ RUN, IMAGES, THUMBNAILS = "run.json", "images.jsonl", "thumbnails"
 
 SIDE = 160
 """Largest width and height of a view in a thumbnail, pixels."""
-QUALITY = 60
+QUALITY = 50
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Run:
 
     Attributes:
         title: What was done, with which model.
-        data: Name of the data; empty if they have none.
+        data: Names of the data and of their category, if they have one; empty if they have none.
         created: When it began, ISO 8601.
         threshold: Score above which an image is anomalous; ``None`` if the model has no thresholds, and scores are raw.
         raw_thresholds: Category to the raw score of its threshold, where the model has one.
