@@ -43,7 +43,7 @@ const isSeveral = data.categories.length > 1; // then the first is all of them
 for (const image of data.images) image.score ??= NaN;
 
 const thresholds = data.categories.map((category) => category.threshold);
-const state = { category: 0, view: document.querySelector("[name=view]")?.value, search: "", page: 0 };
+const state = { category: 0, view: "all", search: "", page: 0 };
 const marked = new Set();
 
 const isAll = () => isSeveral && state.category === 0;
@@ -230,6 +230,14 @@ const VIEWS = {
   all: { belongs: () => true, rank: (image) => -margin(image) },
 };
 
+const EMPTY = {
+  misses: "No defective image is missed at this threshold.",
+  false_alarms: "No normal image is above this threshold.",
+  flagged: "No image is above this threshold.",
+  nearest: "No image has a score.",
+  all: "No image.",
+};
+
 /** By how much a score is above the threshold; what cannot be scored is above everything. */
 const margin = (image) => (Number.isNaN(image.score) ? Infinity : image.score - thresholdOf(image));
 
@@ -329,7 +337,7 @@ function showGallery() {
   const first = state.page * PER_PAGE;
   element("cards").replaceChildren(...listed.slice(first, first + PER_PAGE).map(cardOf));
   element("empty").hidden = listed.length > 0;
-  element("empty").textContent = state.search ? "No image of this name is among them." : "None at this threshold.";
+  element("empty").textContent = state.search ? "No image of this name is among them." : EMPTY[state.view];
   element("page").value = state.page + 1;
   element("page").max = pages;
   element("pages").textContent = pages;
@@ -485,6 +493,10 @@ element("theme").addEventListener("click", () => chooseTheme(isDark() ? "light" 
 systemIsDark.addEventListener("change", showTheme);
 showTheme();
 if (data.images.length) {
+  const choices = [...document.querySelectorAll("[name=view]")];
+  const choice = choices.find(({ value }) => data.images.some(VIEWS[value].belongs));
+  choice.checked = true;
+  state.view = choice.value;
   listen();
   show();
   Plots.draw().then((drawn) => {

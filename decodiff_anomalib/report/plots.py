@@ -48,6 +48,7 @@ def histogram(edges: np.ndarray) -> dict[str, Any]:
     """
     frame = _frame("score", "images", x_range=(float(edges[0]), float(edges[-1])), name="histogram")
     frame.y_range.start = 0
+    frame.yaxis.ticker.min_interval = 1
     for label, colour in COLOURS.items():
         bins = {"left": edges[:-1].tolist(), "right": edges[1:].tolist(), "images": [0] * (len(edges) - 1)}
         source = ColumnDataSource(bins, name=label)

@@ -143,4 +143,4 @@ class ReportFolder:
 
 
 def _image(values: dict[str, Any]) -> Image:
-    return Image(**values | {"views": tuple(values["views"])})
+    return Image(**values | {"views": tuple(values.get("views", ()))})
