@@ -106,10 +106,13 @@ class CategoryRouter(nn.Module):
         self.prototypes: torch.Tensor
         self.whitening: torch.Tensor
         self.limits: torch.Tensor
+        self.usual: torch.Tensor
         self.register_buffer("trained", torch.zeros(num_categories, dtype=torch.bool))
         self.register_buffer("prototypes", torch.zeros(num_categories, size))
         self.register_buffer("whitening", torch.eye(size))
         self.register_buffer("limits", torch.full((num_categories,), float("inf")))
+        # Of held-out normal images: mean and standard deviation of the logarithm of their scores, and their number.
+        self.register_buffer("usual", torch.zeros(num_categories, 3))
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Infer the categories of images.
@@ -176,3 +179,5 @@ class CategoryRouter(nn.Module):
             if len(of_category) > 1:
                 limit = prediction_limit(of_category, UNKNOWN_RATE).clamp_min(SMALLEST_SPREAD)
                 self.limits[index] = MARGIN * limit
+                logs = (of_category / self.limits[index]).clamp_min(SMALLEST_SPREAD).log()
+                self.usual[index] = torch.stack([logs.mean(), logs.std(), torch.tensor(float(len(logs))).to(logs)])

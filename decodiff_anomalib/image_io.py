@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -262,7 +263,7 @@ def _lower_bytes(path: Path, raw_mode: str) -> NDArray[np.uint8]:
     """The lower bytes ``(H, W, 3)`` of an image with channels of 16 bits."""
     swapped = raw_mode[:-1] + {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[raw_mode[-1]]
     with Image.open(path) as image:
-        tiles = []
+        tiles: list[Any] = []
         for tile in image.tile:
             arguments = (swapped, *tile[3][1:]) if isinstance(tile[3], tuple) else swapped
             make = getattr(tile, "_make", tuple)  # Pillow's older tiles are plain tuples

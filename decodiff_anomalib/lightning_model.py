@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from torchvision.transforms.v2.functional import center_crop
 
 from decodiff_anomalib.callbacks import (
+    DriftMonitor,
     HoldOutNormals,
     ImageFiles,
     Interruption,
@@ -271,7 +272,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         if type(datamodule) is MVTecAD:
             check_folders(datamodule)
         if self.trainer.state.fn == TrainerFn.PREDICTING:
-            return [*components, self._image_files, self._prediction_table, *self._report]
+            return [*components, self._image_files, self._prediction_table, DriftMonitor(), *self._report]
         if self.trainer.state.fn != TrainerFn.FITTING:
             return [*components, self._image_files, *self._report]
         self._duration.prepare(self.trainer)

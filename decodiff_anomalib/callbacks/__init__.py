@@ -1,5 +1,6 @@
 """What DeCoDiff adds to a training or a prediction, each as a callback of Lightning."""
 
+from decodiff_anomalib.callbacks.drift_monitor import DriftMonitor
 from decodiff_anomalib.callbacks.hold_out_normals import HoldOutNormals
 from decodiff_anomalib.callbacks.image_files import ImageFiles
 from decodiff_anomalib.callbacks.interruption import Interruption
@@ -10,6 +11,7 @@ from decodiff_anomalib.callbacks.training_duration import TrainingDuration
 from decodiff_anomalib.callbacks.weight_averaging import WeightAveraging
 
 __all__ = [
+    "DriftMonitor",
     "HoldOutNormals",
     "ImageFiles",
     "Interruption",

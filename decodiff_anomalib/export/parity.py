@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -14,11 +15,14 @@ import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType
+from torch import nn
 from torchvision.transforms.v2.functional import resize
 
+from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.conditioning import UNKNOWN
 from decodiff_anomalib.export.pipeline import ExportableModel, prediction_pipeline
 from decodiff_anomalib.export.sample_images import drawn_images, evenly_spaced, set_up
+from decodiff_anomalib.export.thresholds import TABLES
 
 if TYPE_CHECKING:
     import openvino
@@ -135,7 +139,7 @@ def check_parity(
         "origin": images.origin,
         "batches": ["x".join(map(str, batch.shape)) for batch in images.batches],
         "categories": dict(predicted),
-        "thresholds": reference.post_processor is not None,
+        "thresholds": _thresholds_of(reference.post_processor),
         "runtimes": {},
     }
     logger.info("Comparing %s with the model on %d images (%s).", file.name, report["images"], images.origin)
@@ -150,14 +154,28 @@ def check_parity(
         with torch.inference_mode():
             exported = [runtime.infer(batch) for batch in images.batches]
         report["runtimes"][runtime.name] = _compare(runtime, expected, exported, file.name)
-    _write_report(report, file)
+    stage_record(file, REPORT, report)
 
 
-def _write_report(report: dict[str, Any], file: Path) -> None:
-    """Write ``parity.json`` beside a staged file, keeping the reports on other files in the target directory."""
-    existing = file.parent.parent / REPORT
-    reports = json.loads(existing.read_text()) if existing.is_file() else {}
-    (file.parent / REPORT).write_text(json.dumps({**reports, file.name: report}, indent=2) + "\n")
+def _thresholds_of(post_processor: nn.Module | None) -> dict[str, list[float]] | None:
+    """The thresholds that differences were measured with; ``decodiff threshold`` can move them afterwards."""
+    tables = {name: getattr(post_processor, name, None) for name in TABLES}
+    return {name: table.tolist() for name, table in tables.items() if table is not None} if post_processor else None
+
+
+def stage_record(file: Path, name: str, record: dict[str, Any]) -> None:
+    """Write the record of a staged file, with those of the other files in the target directory."""
+    existing = file.parent.parent / name
+    if existing.is_file():
+        shutil.copy(existing, file.parent / name)
+    write_record(file.parent / name, file.name, record)
+
+
+def write_record(path: Path, file: str, record: dict[str, Any]) -> None:
+    """Set the record of ``file`` in the JSON file ``path``, which has one of each exported file in its folder."""
+    records = json.loads(path.read_text()) if path.is_file() else {}
+    with atomic_write(path) as staged:
+        staged.write_text(json.dumps({**records, file: record}, indent=2) + "\n")
 
 
 def _compare(

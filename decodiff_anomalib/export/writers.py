@@ -22,6 +22,7 @@ from decodiff_anomalib.export.parity import (
     check_parity,
     numpy_outputs,
     openvino_runtimes,
+    stage_record,
 )
 from decodiff_anomalib.export.pipeline import (
     FURTHER_OUTPUTS,
@@ -34,6 +35,8 @@ from decodiff_anomalib.export.pipeline import (
 )
 from decodiff_anomalib.export.quantization import compress
 from decodiff_anomalib.export.sample_images import drawn_images
+from decodiff_anomalib.export.thresholds import RECORD, make_record, name_tables
+from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -71,7 +74,8 @@ def write_onnx(
 
     with staging_directory(root, ExportType.ONNX) as (staging, target):
         file = staging / f"{name}.onnx"
-        names = _save_onnx(export_pipeline(model), file, input_size, output_names or PREDICTIONS, **onnx_kwargs)
+        outputs = output_names or PREDICTIONS
+        names = _save_onnx(export_pipeline(model), file, input_size, outputs, **onnx_kwargs)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         (graph_input,) = session.get_inputs()
         runtime = Runtime(
@@ -80,6 +84,7 @@ def write_onnx(
             TOLERANCES[None],
         )
         check_parity([runtime], file, model, ParityImages.make(model, datamodule, input_size))
+        _stage_thresholds(model, file)
     return target / file.name
 
 
@@ -95,10 +100,7 @@ def write_openvino(
     ov_kwargs: dict[str, Any] | None = None,
     onnx_kwargs: dict[str, Any] | None = None,
 ) -> Path:
-    """Write ``weights/openvino/<name>.xml`` and ``.bin``, see :meth:`decodiff_anomalib.export.ExportMixin.to_openvino`.
-
-    :data:`~decodiff_anomalib.export.INTERMEDIATE_OUTPUTS` that are not asked for stay in the graph as named tensors.
-    """
+    """Write ``weights/openvino/<name>.xml`` and ``.bin``, see :class:`decodiff_anomalib.export.ExportMixin`."""
     integers = None if compression == CompressionType.FP16 else compression
     _require("onnx", "onnxscript", "openvino", *(["nncf"] if integers else []))
     if compression in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
@@ -112,18 +114,21 @@ def write_openvino(
 
     with staging_directory(root, ExportType.OPENVINO) as (staging, target), TemporaryDirectory() as temporary:
         file, onnx = staging / f"{name}.xml", Path(temporary) / "model.onnx"
-        computed = list(dict.fromkeys((*outputs, *INTERMEDIATE_OUTPUTS)))
-        names = _save_onnx(export_pipeline(model), onnx, input_size, computed, **onnx_kwargs)
+        _save_onnx(export_pipeline(model), onnx, input_size, outputs, **onnx_kwargs)
         graph = openvino.convert_model(onnx, **(ov_kwargs or {}))
-        for result, output in zip(graph.get_results(), names, strict=True):
-            if output not in outputs:
-                graph.remove_result(result)
         if integers:
             graph = compress(graph, integers, datamodule, metric, max_drop, model.white_level)
         openvino.save_model(graph, file, compress_to_fp16=compression == CompressionType.FP16)
         runtimes = openvino_runtimes(file, TOLERANCES.get(compression))
         check_parity(runtimes, file, model, ParityImages.make(model, datamodule, input_size), compression)
+        _stage_thresholds(model, file)
     return target / file.name
+
+
+def _stage_thresholds(model: ExportableModel, file: Path) -> None:
+    post_processor = model.post_processor
+    if isinstance(post_processor, DeCoDiffPostProcessor) and post_processor.has_thresholds:
+        stage_record(file, RECORD, make_record(post_processor, model.white_level))
 
 
 def _require(*packages: str) -> None:
@@ -163,6 +168,7 @@ def _save_onnx(
 ) -> list[str]:
     """Write the graph as ONNX and return the names of its outputs.
 
+    :data:`~decodiff_anomalib.export.INTERMEDIATE_OUTPUTS` that are not asked for stay in the graph as named tensors.
     Constants are folded, and nodes are named after the module that they belong to, so that modules can be addressed in
     the graph.
 
@@ -179,6 +185,7 @@ def _save_onnx(
         msg = f"output_names={list(output_names)} must be of {', '.join((*PREDICTIONS, *FURTHER_OUTPUTS))}."
         raise ValueError(msg)
     names = [name for name in output_names if name in available]
+    computed = list(dict.fromkeys((*names, *INTERMEDIATE_OUTPUTS)))  # which keep their names in the graph
     size = {} if input_size else {2: "height", 3: "width"}
     options: dict[str, Any] = {
         "dynamic_shapes": ({0: "batch_size", **size},),
@@ -189,10 +196,13 @@ def _save_onnx(
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # below, it reports every folded constant
     with torch.no_grad():
         program = torch.onnx.export(
-            SelectedOutputs(pipeline, names).eval(), (example,), output_names=names, verbose=False, **options
+            SelectedOutputs(pipeline, computed).eval(), (example,), output_names=computed, verbose=False, **options
         )
     assert program is not None  # it is only where torch writes the file itself
     onnxscript.optimizer.optimize(program.model, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE)
+    del program.model.graph.outputs[len(names) :]
+    if isinstance(pipeline.post_processor, DeCoDiffPostProcessor):
+        name_tables(program.model.graph, pipeline.post_processor)
     for node in program.model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         node.name = f"{scopes[-2] if len(scopes) > 1 else ''}/{node.name}"

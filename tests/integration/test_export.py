@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from decodiff_anomalib import DeCoDiff, MultiCategory, export
-from decodiff_anomalib.data import DemoTextures
+from decodiff_anomalib.__main__ import main as decodiff
+from decodiff_anomalib.calibration import prediction_limit
+from decodiff_anomalib.data import DemoTextures, read_image
 from decodiff_anomalib.export import (
     FURTHER_OUTPUTS,
     INTERMEDIATE_OUTPUTS,
@@ -198,7 +202,11 @@ def test_the_report_states_images_and_differences(onnx_file: Path) -> None:
     assert measured["tolerance"] == 1e-3
     assert measured["largest_difference"]["anomaly_map"] < 1e-4
     assert measured["different"]["pred_label"] == 0
-    assert [path.name for path in sorted(onnx_file.parent.iterdir())] == ["model.onnx", "parity.json"]
+    assert [path.name for path in sorted(onnx_file.parent.iterdir())] == [
+        "model.onnx",
+        "parity.json",
+        "thresholds.json",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -322,7 +330,7 @@ def test_without_thresholds_scores_are_raw_and_there_are_no_labels(
     assert batch.pred_mask is None
     assert batch.pred_score.shape == (2,)
     report = json.loads((path.parent / "parity.json").read_text())["model.pt"]
-    assert report["thresholds"] is False
+    assert report["thresholds"] is None
 
 
 # -------------------------------------------------------------------- slow tests
@@ -394,3 +402,109 @@ def test_the_published_method_with_an_autoencoder(tmp_path: Path) -> None:
     assert set(found) == {"pred_score", "anomaly_map"}
     assert found["pred_score"].max() > 0.01
     assert_same(found, model.eval(), images, 1e-4)
+
+
+# -------------------------------------------------------------------- moving thresholds
+
+
+def move(*arguments: object) -> None:
+    decodiff(["threshold", *map(str, arguments)])
+
+
+def copy_of(file: Path, folder: Path) -> Path:
+    """A file with its weights and records."""
+    for beside in (file, file.with_suffix(".bin"), file.parent / "parity.json", file.parent / "thresholds.json"):
+        if beside.is_file():
+            shutil.copy(beside, folder)
+    return folder / file.name
+
+
+def scores_of_file(file: Path, images: np.ndarray) -> np.ndarray:
+    if file.suffix == ".onnx":
+        return infer(onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]), images)["pred_score"]
+    return openvino.compile_model(file, "CPU", EXACT)(images)["pred_score"]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "onnx_file", "openvino_file"])
+def test_thresholds_move_without_training(
+    kind: str, request: pytest.FixtureRequest, root: Path, tmp_path: Path
+) -> None:
+    """Of a checkpoint and of exported files alike, to the same thresholds; a score of 0.7 becomes 0.5."""
+    file = copy_of(request.getfixturevalue(kind), tmp_path)
+    images = photographs(root, 6)
+
+    def scores() -> np.ndarray:
+        if kind != "checkpoint":
+            return scores_of_file(file, images).flatten()
+        return expected(DeCoDiff.load_from_checkpoint(file, map_location="cpu", visualizer=False).eval(), images)[
+            "pred_score"
+        ].flatten()
+
+    before = scores()
+    move(file, "--score", 0.7)
+    odds = before / (1 - before) * 0.3 / 0.7
+    np.testing.assert_allclose(scores(), odds / (1 + odds), atol=2e-3)
+    move(file, "--rate", 0.01)
+    np.testing.assert_allclose(scores(), before, atol=1e-3)
+    move(file, "--rate", 0.2)
+    assert (scores() > before).all()
+    if kind != "checkpoint":
+        promises = json.loads((tmp_path / "thresholds.json").read_text())[file.name]["promises"]
+        assert all(promise["false_alarm_rate"] > 0.1 for promise in promises)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "onnx_file", "openvino_file"])
+def test_thresholds_are_set_on_a_folder_of_normal_images(
+    kind: str, request: pytest.FixtureRequest, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy_of(request.getfixturevalue(kind), tmp_path)
+    folder = tmp_path / "normal"
+    shutil.copytree(root / "gravel" / "test" / "good", folder)
+    move(file, "--images", folder, "--category", "gravel")
+    model = request.getfixturevalue("model")
+    with torch.inference_mode():
+        raw = torch.cat(
+            [
+                model.model(model.pre_processor.transform(read_image(path)[None])).pred_score
+                for path in sorted(folder.iterdir())
+            ]
+        )
+    limit = float(prediction_limit(raw, 0.01))
+    printed = re.search(r"gravel: image threshold \S+ -> (\S+) ", capsys.readouterr().out)
+    assert float(printed[1]) == pytest.approx(limit, rel=5e-3)
+
+
+def test_bad_requests_to_move_thresholds_change_nothing(
+    checkpoint: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy_of(checkpoint, tmp_path)
+    before = file.read_bytes()
+    few = tmp_path / "few"
+    few.mkdir()
+    shutil.copy(next((root / "gravel" / "test" / "good").iterdir()), few)
+    for arguments, message in {
+        (): "Give one of --rate, --images and --score; given: none",
+        ("--rate", 0.1, "--score", 0.5): "given: rate, score",
+        ("--rate", 0.7): "must be between 0 and 0.5",
+        ("--score", 1): "must be between 0 and 1",
+        ("--rate", 0.1, "--category", "cloth"): "valid: gravel, negative",
+        ("--images", few): r"has 1 images; 4 set a threshold, and 29 can promise",
+        ("--images", root / "negative" / "test" / "good", "--category", "gravel"): "images are not of gravel, such as",
+    }.items():
+        with pytest.raises(SystemExit):
+            move(file, *arguments)
+        assert re.search(message, capsys.readouterr().err), arguments
+    assert file.read_bytes() == before
+
+
+def test_a_defect_among_the_normal_images_is_named(
+    checkpoint: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy_of(checkpoint, tmp_path)
+    folder = tmp_path / "normal"
+    shutil.copytree(root / "gravel" / "test" / "good", folder)
+    image = np.asarray(Image.open(next(folder.iterdir())).convert("RGB")).copy()
+    image[100:130, 100:130] = 0
+    Image.fromarray(image).save(folder / "defect.png")
+    move(file, "--images", folder, "--category", "gravel")
+    assert "defect.png stands out: its score is" in capsys.readouterr().err
