@@ -83,10 +83,10 @@ class ReportWriter(Callback):
         self._lone_category = names[0] if len(names) == 1 else None
         is_test = trainer.state.fn == TrainerFn.TESTING
         self._metrics = {name: CategoryMetrics(name) for name in names} if is_test else {}
-        data = [] if trainer.datamodule is None else [trainer.datamodule.name]
+        data = filter(None, [getattr(trainer.datamodule, "name", None), self._lone_category])
         self._run = Run(
             title=f"{type(pl_module).__name__} {STAGES[trainer.state.fn]}",
-            data=", ".join(dict.fromkeys([*data, *names] if self._lone_category else data)),
+            data=", ".join(dict.fromkeys(data)),
             created=datetime.now().astimezone().isoformat(timespec="seconds"),
             threshold=None,
         )
