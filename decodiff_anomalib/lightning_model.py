@@ -48,7 +48,7 @@ from decodiff_anomalib.export.mixin import ExportMixin
 from decodiff_anomalib.learning_rate import cosine_learning_rate_factor
 from decodiff_anomalib.paper import EPOCHS, paper_learning_rate_factor
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
-from decodiff_anomalib.precision import computes_bfloat16
+from decodiff_anomalib.precision import check_precision, computes_bfloat16
 from decodiff_anomalib.presets import SettingsOverrides, given_overrides, resolve
 from decodiff_anomalib.report import ReportWriter
 from decodiff_anomalib.visualizer import DeCoDiffVisualizer
@@ -264,6 +264,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         """
         if self._trainer is None:
             return list(super().configure_callbacks())
+        check_precision(str(self.trainer.precision))
         datamodule = self.trainer.datamodule
         if self._default_evaluator and self.evaluator is not None:
             # MultiCategory reports pixel metrics itself, by category and in bounded memory

@@ -14,3 +14,20 @@ def computes_bfloat16(device: torch.device | str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 cannot tell
     return kind == "cpu" and bool(capabilities.get("avx512_bf16", False))
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a trainer's precision in which deviations, small differences of large numbers, would be rounded away.
+
+    Args:
+        precision: As Lightning names it.
+
+    Raises:
+        ValueError: If the model's weights and statistics would not be kept in float32.
+    """
+    if precision != "32-true" and not precision.endswith("-mixed"):
+        msg = (
+            f"trainer.precision={precision} stores the model in another precision, in which its statistics lose what "
+            "tells a deviation from none. Use 32-true, which trains in bfloat16 where the hardware has it, or bf16-mixed."
+        )
+        raise ValueError(msg)

@@ -208,7 +208,8 @@ def _read_maps(run: Run, output: Path) -> dict[str, dict[str, Any]]:
 def _show_image(axes: Axes, path: str, mask_path: str) -> None:
     """Draw an image, and the outline of its defects if it has a mask."""
     with Image.open(path) as image:
-        axes.imshow(image.convert("RGB"), extent=(0, 1, 1, 0))
+        pixels = np.asarray(image.convert("F" if image.mode.startswith("I") else "RGB"))
+    axes.imshow(pixels, cmap="gray", extent=(0, 1, 1, 0))  # of deep images the whole range, not its first 8 bits
     if mask_path:
         with Image.open(mask_path) as mask:
             defect = np.asarray(mask.convert("L")) > 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decodiff_anomalib.precision import computes_bfloat16
+from decodiff_anomalib.precision import check_precision, computes_bfloat16
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,14 @@ def test_gpus_must_not_emulate_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_devices_compute_in_float32() -> None:
     assert not computes_bfloat16("mps")
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
+def test_precisions_that_round_statistics_are_refused(precision: str) -> None:
+    with pytest.raises(ValueError, match=rf"trainer.precision={precision} .* Use 32-true"):
+        check_precision(precision)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_precisions_that_keep_statistics_are_served(precision: str) -> None:
+    check_precision(precision)
