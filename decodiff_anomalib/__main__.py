@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 VERBS: dict[str, str] = {
     "benchmark": "decodiff_anomalib.benchmark.command:benchmark",
     "convert": "decodiff_anomalib.weights:convert",
+    "demo": "decodiff_anomalib.demo:demo",
     "report": "decodiff_anomalib.report:report",
     "threshold": "decodiff_anomalib.thresholds:threshold",
     "settings": "decodiff_anomalib.presets:show_settings",

@@ -1,27 +1,21 @@
 """``decodiff threshold``: thresholds of a trained or exported model are moved without training."""
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torchvision.transforms.v2.functional import resize
 
-from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.calibration import FEWEST_NORMALS, normals_needed, prediction_limit
 from decodiff_anomalib.conditioning import UNKNOWN
 from decodiff_anomalib.image_io import is_image_file, read_image
+from decodiff_anomalib.model_file import ModelFile, open_model
 
 if TYPE_CHECKING:
     from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 
 STANDS_OUT = 0.001  # of sets of normal images, one has a score so far above the others
 MAX_NAMED = 5
-
-Outputs = Mapping[str, torch.Tensor]
 
 
 def threshold(
@@ -48,7 +42,7 @@ def threshold(
     """
     try:
         _check_one_given(rate=rate, images=images, score=score)
-        opened = _open(Path(model))
+        opened = open_model(Path(model))
         post_processor = opened.post_processor
         _check_category(post_processor, category)
         before = post_processor.image_thresholds.clone()
@@ -60,7 +54,7 @@ def threshold(
             assert images is not None
             _set_on_images(opened, Path(images), category)
         opened.save(Path(output) if output else Path(model))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"decodiff threshold: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     rows = zip((*post_processor.categories, "unknown images"), before, post_processor.image_thresholds, strict=True)
@@ -80,9 +74,6 @@ def _check_one_given(**ways: object) -> None:
 
 
 def _check_category(post_processor: "DeCoDiffPostProcessor", category: str | None) -> None:
-    if not post_processor.has_thresholds:
-        msg = "The model has no thresholds to move, since it was not validated on normal images. Train it to the end."
-        raise ValueError(msg)
     if category not in {None, *post_processor.categories}:
         msg = f"--category {category!r} is none of the model's; valid: {', '.join(post_processor.categories)}."
         raise ValueError(msg)
@@ -113,7 +104,7 @@ def _set_score(post_processor: "DeCoDiffPostProcessor", score: float, category: 
     thresholds[rows] *= score / (1 - score)  # the raw score s of s / (s + threshold) = score
 
 
-def _set_on_images(opened: "_Model", folder: Path, category: str | None) -> None:
+def _set_on_images(opened: ModelFile, folder: Path, category: str | None) -> None:
     post_processor = opened.post_processor
     files = sorted(filter(is_image_file, folder.rglob("*"))) if folder.is_dir() else []
     if len(files) < FEWEST_NORMALS:
@@ -162,149 +153,3 @@ def _warn_if_one_stands_out(scores: torch.Tensor, files: list[Path]) -> None:
             "it; if it shows a defect, take it out of the folder and repeat the command.",
             file=sys.stderr,
         )
-
-
-# ---------------------------------------------------------------- trained and exported models
-
-
-@dataclass
-class _Model:
-    """A model whose thresholds can be moved.
-
-    Attributes:
-        post_processor: Its thresholds, changed in place.
-        white_level: See :func:`decodiff_anomalib.data.read_image`.
-        infer: An image ``(1, 3, H, W)`` in [0, 1] to its raw score and map, and ``category_index``.
-        save: Writes the model with its thresholds to a file.
-    """
-
-    post_processor: "DeCoDiffPostProcessor"
-    white_level: float | None
-    infer: Callable[[torch.Tensor], Outputs]
-    save: Callable[[Path], None]
-
-
-def _open(file: Path) -> _Model:
-    if not file.is_file():
-        msg = f"{file} does not exist. Give a checkpoint (.ckpt) or an exported file (.onnx, .xml)."
-        raise ValueError(msg)
-    if file.suffix == ".ckpt":
-        return _open_checkpoint(file)
-    if file.suffix in {".onnx", ".xml"}:
-        return _open_exported(file)
-    msg = f"{file.name} is no checkpoint (.ckpt), ONNX (.onnx) or OpenVINO file (.xml). Export it again instead."
-    raise ValueError(msg)
-
-
-def _open_checkpoint(file: Path) -> _Model:
-    from decodiff_anomalib import DeCoDiff
-    from decodiff_anomalib.export import Pipeline, prediction_pipeline
-
-    module = DeCoDiff.load_from_checkpoint(file, map_location="cpu", visualizer=False).eval()
-    pre_processor = prediction_pipeline(module).pre_processor
-    raw = Pipeline(pre_processor, module.model, None)
-
-    def infer(image: torch.Tensor) -> Outputs:
-        with torch.inference_mode():
-            return raw.outputs(image)
-
-    def save(target: Path) -> None:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint |= {
-            key: component.checkpoint_config()
-            for key, component in module._checkpointable_components().items()  # noqa: SLF001 - of our own base class
-            if component is module.post_processor
-        }
-        checkpoint["state_dict"] |= {
-            f"post_processor.{name}": value for name, value in module.post_processor.state_dict().items()
-        }
-        with atomic_write(target) as staged:
-            torch.save(checkpoint, staged)
-
-    return _Model(module.post_processor, module.white_level, infer, save)
-
-
-def _open_exported(file: Path) -> _Model:
-    from decodiff_anomalib.export.parity import write_record
-    from decodiff_anomalib.export.thresholds import (
-        RECORD,
-        TABLES,
-        make_record,
-        read_record,
-        restore_post_processor,
-        write_onnx_tables,
-        write_openvino_tables,
-    )
-
-    record = read_record(file)
-    white_level = record["white_level"]
-    post_processor = restore_post_processor(record)
-    before = restore_post_processor(record)
-    run = _runtime(file)
-
-    def infer(image: torch.Tensor) -> Outputs:
-        outputs = run(image)
-        index = outputs["category_index"]
-        return {
-            "pred_score": _raw(outputs["pred_score"].flatten(), before.image_thresholds[index]),
-            "anomaly_map": _raw(outputs["anomaly_map"], before.pixel_thresholds[index]),
-            "category_index": index,
-        }
-
-    def save(target: Path) -> None:
-        if target.suffix != file.suffix:
-            msg = f"--output {target} must end in {file.suffix}, as the model does."
-            raise ValueError(msg)
-        tables = {name: getattr(post_processor, name).numpy() for name in TABLES}
-        with atomic_write(target) as staged:
-            if file.suffix == ".onnx":
-                write_onnx_tables(file, staged, tables)
-            else:
-                write_openvino_tables(file, staged.with_suffix(".xml"), tables)
-                staged.with_suffix(".bin").replace(target.with_suffix(".bin"))
-        write_record(target.parent / RECORD, target.name, make_record(post_processor, white_level))
-
-    return _Model(post_processor, white_level, infer, save)
-
-
-def _raw(values: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Raw values of ``values / (values + limit)``."""
-    return limit.view(-1, *[1] * (values.ndim - 1)) * values / (1 - values)
-
-
-def _runtime(file: Path) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-    """Runs an exported file on an image, with the category as an output, at the size that the file asks for."""
-    names = ["pred_score", "anomaly_map", "category_index"]
-    run: Callable[[np.ndarray], Mapping[str, Any]]
-    if file.suffix == ".onnx":
-        import onnx
-        import onnxruntime
-
-        model = onnx.load(file)
-        present = {output.name for output in model.graph.output}
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        shape = session.get_inputs()[0].shape
-
-        def run(image: np.ndarray) -> Mapping[str, Any]:
-            return dict(zip(names, session.run(names, {session.get_inputs()[0].name: image}), strict=True))
-    else:
-        import openvino
-
-        graph = openvino.Core().read_model(file)
-        graph.add_outputs([name for name in names if name not in {output.any_name for output in graph.outputs}])
-        compiled = openvino.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        shape = [side.get_length() if side.is_static else None for side in graph.inputs[0].partial_shape]
-
-        def run(image: np.ndarray) -> Mapping[str, Any]:
-            return {output.any_name: value for output, value in compiled(image).items()}
-
-    size = shape[-2:]
-
-    def infer(image: torch.Tensor) -> dict[str, torch.Tensor]:
-        if all(isinstance(side, int) for side in size):
-            image = resize(image, list(size), antialias=True)
-        found = run(image.numpy())
-        return {name: torch.from_numpy(np.array(found[name])) for name in names}
-
-    return infer
