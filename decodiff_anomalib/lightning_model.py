@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from torchvision.transforms.v2.functional import center_crop
 
+from decodiff_anomalib import quiet
 from decodiff_anomalib.callbacks import (
     DriftMonitor,
     HoldOutNormals,
@@ -42,6 +43,7 @@ from decodiff_anomalib.conditioning import (
     fixed_category_index,
     vocabulary,
 )
+from decodiff_anomalib.data import DemoTextures
 from decodiff_anomalib.data.images import check_folders
 from decodiff_anomalib.data.normal_images import collect_normal_images
 from decodiff_anomalib.export.mixin import ExportMixin
@@ -149,6 +151,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: DeCoDiffVisualizer | bool = True,
     ) -> None:
+        quiet.begin()  # Lightning's trainer, which may come next, warns when it is made
         # Anomalib calls the configure_* methods inside super().__init__: what they need comes first.
         self._image_size = working_size(image_size, pre_processor)
         if pre_processor is True:
@@ -266,6 +269,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             return list(super().configure_callbacks())
         check_precision(str(self.trainer.precision))
         datamodule = self.trainer.datamodule
+        quiet.begin(quiet.OF_RUNS + (quiet.OF_DEMO_TEXTURES if isinstance(datamodule, DemoTextures) else ()))
         if self._default_evaluator and self.evaluator is not None:
             # MultiCategory reports pixel metrics itself, by category and in bounded memory
             self.evaluator = self.configure_evaluator(pixels=not hasattr(datamodule, "categories"))
@@ -293,6 +297,11 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             *([WeightAveraging(decay)] if decay else []),
             Interruption(),
         ]
+
+    def teardown(self, stage: str) -> None:
+        """Let in the messages that were left out, which may be another model's from now on."""
+        super().teardown(stage)
+        quiet.end()
 
     # ---------------------------------------------------------------- categories
 

@@ -28,6 +28,8 @@ from importlib.abc import Loader, MetaPathFinder
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from decodiff_anomalib.quiet import quiet_imports
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
@@ -62,6 +64,7 @@ PUBLICATIONS = (
     Publication("DemoTextures", "decodiff_anomalib.data", "anomalib.data", "anomalib.data.predict"),
 )
 _CUES = {publication.cue for publication in PUBLICATIONS}
+_MODELS = "anomalib.models.image"  # the package that imports every model, some of which warn
 
 
 def register() -> None:
@@ -109,7 +112,7 @@ class _Watch(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _CUES and not fullname.startswith("decodiff_anomalib."):
+        if fullname not in {*_CUES, _MODELS} and not fullname.startswith("decodiff_anomalib."):
             return None
         for finder in list(dropwhile(lambda finder: finder is not self, sys.meta_path))[1:]:
             spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
@@ -121,6 +124,10 @@ class _Watch(MetaPathFinder):
 
     def execute(self, module: ModuleType, loader: Loader) -> None:
         """Run a module through its own loader."""
+        if module.__name__ == _MODELS:
+            with quiet_imports():
+                loader.exec_module(module)
+            return
         self._under_way.add(module.__name__)
         try:
             loader.exec_module(module)

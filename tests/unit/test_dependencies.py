@@ -41,7 +41,7 @@ EXCEPTIONS = {"discrepancy": {"anomalib.models.components.filters"}}
 """Anomalib's Gaussian blur is a plain torch module, and better kept than one of our own."""
 
 LAYERS = (
-    METHOD | {"atomic_write", "folder_names", "plugin", "torch_autoload"},
+    METHOD | {"atomic_write", "folder_names", "plugin", "quiet", "torch_autoload"},
     {"presets", "settings", "weights"},
     {"torch_model"},
     {
@@ -57,7 +57,8 @@ LAYERS = (
         "visualizer",
     },
     {"lightning_model"},
-    {"benchmark"},
+    {"model_file"},
+    {"benchmark", "demo", "thresholds"},
     {"__main__"},
 )
 """From the bottom up. A module imports from its own layer and those below it, never from above."""
