@@ -1,7 +1,8 @@
-"""Anomalib's command line, and what several files train on."""
+"""Anomalib's command line, a browser, and what several files train on."""
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from anomalib.cli import AnomalibCLI
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
 
 from decodiff_anomalib.data import DemoTextures
 
@@ -78,3 +81,19 @@ def gravel(data_root: Path) -> Path:
     """A demo category as a plain folder in MVTec AD's layout."""
     datamodule = DemoTextures(root=data_root)
     return Path(datamodule.root) / datamodule.category
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Chrome]:
+    """Headless Chromium or Chrome, light by default."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not (program and driver):
+        pytest.skip("no Chromium with chromedriver; on Debian: apt-get install chromium chromium-driver")
+    options = ChromeOptions()
+    options.binary_location = program
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,1000"):
+        options.add_argument(f"--{argument}")
+    with Chrome(options=options, service=Service(driver)) as opened:
+        yield opened

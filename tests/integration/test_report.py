@@ -1,7 +1,5 @@
 """The report in a browser, as a person uses it, of a test through Anomalib's engine."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +7,7 @@ import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
 from PIL import Image as Picture
-from selenium.webdriver import Chrome, ChromeOptions, Keys
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
@@ -50,22 +47,6 @@ def test_a_test_ends_with_a_report(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chrome]:
-    """Headless Chromium or Chrome, light by default."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not (program and driver):
-        pytest.skip("no Chromium with chromedriver; on Debian: apt-get install chromium chromium-driver")
-    options = ChromeOptions()
-    options.binary_location = program
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,1000"):
-        options.add_argument(f"--{argument}")
-    with Chrome(options=options, service=Service(driver)) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
