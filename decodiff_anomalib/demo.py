@@ -1,6 +1,7 @@
 """``decodiff demo``: a page in the browser that inspects images with a trained or exported model."""
 
 import html
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def demo(model: Path, examples: Path | None = None, host: str = "127.0.0.1", por
             is taken.
     """
     with TemporaryDirectory(prefix="decodiff-demo-") as temporary:
+        os.environ["GRADIO_TEMP_DIR"] = temporary  # of uploads, which Gradio would leave behind
         try:
             _require_gradio()
             opened = open_model(Path(model))
