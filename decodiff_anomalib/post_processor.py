@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import CatMetric
 
 from decodiff_anomalib.calibration import (
-    CONFIDENCE,
     FEWEST_NORMALS,
     limit_of_mean,
     normals_needed,
@@ -250,14 +249,14 @@ class DeCoDiffPostProcessor(PostProcessor):
         lines = []
         for promise in self.promises():
             line = (
-                f"{promise.category}: at most {promise.false_alarm_rate:.1%} of normal images above the threshold, "
-                f"promised with {CONFIDENCE:.0%} confidence by {promise.normals} normal images"
+                f"{promise.category}: at most {100 * promise.false_alarm_rate:.3g} % of normal images above the "
+                f"threshold, promised with 95 % confidence by {promise.normals} normal images"
             )
             if promise.false_alarm_rate > self.false_alarm_rate:
                 needed = normals_needed(self.false_alarm_rate)
-                line += f"; promising the {self.false_alarm_rate:.1%} asked for takes {needed}"
+                line += f"; promising the {100 * self.false_alarm_rate:g} % asked for takes {needed}"
             if promise.pixel_false_alarm_rate is not None:
-                line += f". Pixels: at most {promise.pixel_false_alarm_rate:.2%} of them"
+                line += f". Pixels: at most {100 * promise.pixel_false_alarm_rate:.2g} %"
             lines.append(line + ".")
         return "\n".join(lines)
 

@@ -28,6 +28,6 @@ def check_precision(precision: str) -> None:
     if precision != "32-true" and not precision.endswith("-mixed"):
         msg = (
             f"trainer.precision={precision} stores the model in another precision, in which its statistics lose what "
-            "tells a deviation from none. Use 32-true, which trains in bfloat16 where the hardware has it, or bf16-mixed."
+            "tells a deviation from none. Use bf16-mixed, or 32-true, which trains in bfloat16 where hardware has it."
         )
         raise ValueError(msg)

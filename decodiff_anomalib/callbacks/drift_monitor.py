@@ -47,7 +47,7 @@ class DriftMonitor(Callback):
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=self.window) for name in WHAT}
         self._warned: set[str] = set()
         self._count = 0
-        self._usual = {"score": _usual_scores(pl_module), "unlikeness": _usual_unlikeness(pl_module)}
+        self._usual = {"score": usual_scores(pl_module), "unlikeness": usual_unlikeness(pl_module)}
 
     def on_predict_batch_end(
         self,
@@ -81,7 +81,7 @@ class DriftMonitor(Callback):
         if name in self._warned or len(recent) < self.window:
             return
         fewest = min(count for _, _, count in self._usual[name].values())
-        limit = WINDOW_SIGMAS * MEDIAN_EFFICIENCY / math.sqrt(self.window) + CENTRE_SIGMAS / math.sqrt(fewest)
+        limit = warning_limit(self.window, fewest)
         median = statistics.median(recent)
         if median > limit:
             self._warned.add(name)
@@ -98,7 +98,12 @@ class DriftMonitor(Callback):
             )
 
 
-def _usual_scores(pl_module: LightningModule) -> dict[int, tuple[float, float, int]]:
+def warning_limit(window: int, normals: int) -> float:
+    """What the median of ``window`` images is compared with, in standard deviations of ``normals`` held-out images."""
+    return WINDOW_SIGMAS * MEDIAN_EFFICIENCY / math.sqrt(window) + CENTRE_SIGMAS / math.sqrt(normals)
+
+
+def usual_scores(pl_module: LightningModule) -> dict[int, tuple[float, float, int]]:
     """Category index to mean, standard deviation and number of the logarithms of normal scores."""
     kept = getattr(getattr(pl_module, "post_processor", None), "normal_scores", [])
     logs = {index: torch.tensor(scores).clamp_min(SMALLEST).log() for index, scores in enumerate(kept)}
@@ -109,7 +114,7 @@ def _usual_scores(pl_module: LightningModule) -> dict[int, tuple[float, float, i
     }
 
 
-def _usual_unlikeness(pl_module: LightningModule) -> dict[int, tuple[float, float, int]]:
+def usual_unlikeness(pl_module: LightningModule) -> dict[int, tuple[float, float, int]]:
     """The same of out-of-distribution scores; empty where categories are not inferred, whose scores are 0."""
     router = pl_module.model.router
     if router is None or pl_module.category != "inferred":

@@ -183,7 +183,7 @@ def test_early_stopping_by_a_validation_metric_is_served(root: Path, tmp_path: P
 def test_what_cannot_end_well_is_refused_before_it_starts(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="limit_val_batches=0 leaves no images"):
         engine(tmp_path, limit_val_batches=0).fit(tiny(), datamodule=data(root))
-    with pytest.raises(ValueError, match="trainer.precision=bf16-true stores the model in another precision"):
+    with pytest.raises(ValueError, match=r"trainer\.precision=bf16-true stores the model in another precision"):
         engine(tmp_path, precision="bf16-true").fit(tiny(), datamodule=data(root))
     twice = engine(tmp_path)
     twice.fit(tiny(train_steps=1), datamodule=data(root))

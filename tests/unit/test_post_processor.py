@@ -212,7 +212,7 @@ def test_thresholds_say_what_they_promise(two_categories) -> None:
         assert 0.001 < promise.pixel_false_alarm_rate < 0.01  # the mean share is 0.001
     words = two_categories.describe()
     assert "bolt: at most " in words
-    assert "promising the 5.0% asked for takes 59" in words
+    assert "promising the 5 % asked for takes 59" in words
 
 
 def test_a_rate_can_be_changed_on_the_scores_that_were_kept(two_categories) -> None:

@@ -34,7 +34,7 @@ def test_other_devices_compute_in_float32() -> None:
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
 def test_precisions_that_round_statistics_are_refused(precision: str) -> None:
-    with pytest.raises(ValueError, match=rf"trainer.precision={precision} .* Use 32-true"):
+    with pytest.raises(ValueError, match=rf"trainer.precision={precision} .* Use bf16-mixed"):
         check_precision(precision)
 
 
