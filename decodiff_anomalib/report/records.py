@@ -35,6 +35,7 @@ class Run:
         created: When it began, ISO 8601.
         threshold: Score above which an image is anomalous; ``None`` if the model has no thresholds, and scores are raw.
         raw_thresholds: Category to the raw score of its threshold, where the model has one.
+        promises: What the thresholds promise, in words, a sentence for each category.
         pixel_metrics: Category to metrics of its pixels, where there are masks.
     """
 
@@ -43,6 +44,7 @@ class Run:
     created: str
     threshold: float | None
     raw_thresholds: dict[str, float] = field(default_factory=dict)
+    promises: tuple[str, ...] = ()
     pixel_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
 

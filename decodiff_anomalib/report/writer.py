@@ -154,7 +154,10 @@ class ReportWriter(Callback):
         with self._tolerated():
             if batch.pred_label is not None and self._run.threshold is None:
                 self._run = replace(
-                    self._run, threshold=label_threshold(pl_module), raw_thresholds=_raw_thresholds(pl_module)
+                    self._run,
+                    threshold=label_threshold(pl_module),
+                    raw_thresholds=_raw_thresholds(pl_module),
+                    promises=_promises(pl_module),
                 )
                 if trainer.is_global_zero:
                     self._folder.write_run(self._run)
@@ -226,3 +229,9 @@ def _raw_thresholds(model: LightningModule) -> dict[str, float]:
         name: shared if math.isnan(value) else value for name, value in zip(post_processor.categories, own, strict=True)
     }
     return known | {UNKNOWN: shared}
+
+
+def _promises(model: LightningModule) -> tuple[str, ...]:
+    """What its thresholds promise, in words."""
+    post_processor = getattr(model, "post_processor", None)
+    return tuple(post_processor.describe().splitlines()) if isinstance(post_processor, DeCoDiffPostProcessor) else ()

@@ -125,3 +125,8 @@ def test_the_command_makes_the_page_again(write_report: Write, capsys: pytest.Ca
     report(folder.page.parent)
     assert capsys.readouterr().out == f"{folder.page}\n"
     assert folder.page.is_file()
+
+
+def test_the_page_says_what_thresholds_promise(write_report: Write, three_categories: list[Image]) -> None:
+    assert "<li>bolt: at most 5 %.</li>" in read(write_report(three_categories, promises=("bolt: at most 5 %.",)))
+    assert "thresholds promise" not in read(write_report(three_categories))

@@ -108,6 +108,16 @@ def test_raw_thresholds_are_those_of_the_post_processor() -> None:
     assert writer._raw_thresholds(model) == {"bolt": 2, "felt": 3, "unknown": 3}
 
 
+def test_promises_are_those_of_the_post_processor() -> None:
+    post_processor = DeCoDiffPostProcessor(false_alarm_rate=0.05)
+    post_processor.categories, post_processor.image_thresholds = ("bolt",), torch.tensor([2.0, 2.0])
+    post_processor.normal_scores, post_processor.normal_pixel_rates = [[1.0] * 29], [[]]
+    promises = writer._promises(SimpleNamespace(post_processor=post_processor))
+    assert len(promises) == 1
+    assert "bolt: at most 9.81 % of normal images above the threshold" in promises[0]
+    assert "promising the 5 % asked for takes 59" in promises[0]
+
+
 def test_a_full_disk_ends_the_report_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
