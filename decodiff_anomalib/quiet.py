@@ -41,6 +41,8 @@ OF_IMPORTS = (
 )
 """Warnings while Anomalib's models are imported."""
 
+_OURS = "'(WeightAveraging|RepeatableOrder)'"  # callbacks that a checkpoint holds the state of
+
 OF_RUNS = (
     Notice(
         r"`max_epochs` was not set",
@@ -61,6 +63,16 @@ OF_RUNS = (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         r"lightning\.pytorch\.utilities\._pytree$",
         "Lightning calls it.",
+    ),
+    Notice(
+        rf"Be aware that when using `ckpt_path`, .*: \[{_OURS}(, {_OURS})*\]",
+        r"lightning\.pytorch\.trainer\.call$",
+        "The model brings these callbacks where they have something to do, which is in training.",
+    ),
+    Notice(
+        r"The dirpath has changed from ",
+        r"lightning\.pytorch\.callbacks\.model_checkpoint$",
+        "Anomalib gives every run a folder of its own.",
     ),
     Notice(
         r"The 'predict_dataloader' does not have many workers",

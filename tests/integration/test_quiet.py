@@ -37,6 +37,9 @@ def test_training_testing_and_predicting_show_only_unrelated_warnings(
         engine.fit(model, datamodule=datamodule)
         engine.test(model, datamodule=datamodule)
         engine.predict(model, data_path=gravel / "test" / "good")
+        (checkpoint,) = tmp_path.rglob("v0/weights/lightning/model.ckpt")
+        later = Engine(default_root_dir=tmp_path / "later", accelerator="cpu", logger=False)
+        later.predict(DeCoDiff(), data_path=gravel / "test" / "good", ckpt_path=checkpoint)
         assert [str(one.message) for one in caught] == ["The lamp flickers."]
         warnings.warn_explicit("`max_epochs` was not set.", UserWarning, "utilities.py", 1, LOOPS)
     assert len(caught) == 2, "after a run, nothing is left out"

@@ -49,6 +49,13 @@ def test_other_messages_and_other_modules_stay() -> None:
     assert is_shown(EVAL_MODE, "project.training")
 
 
+def test_missing_callbacks_are_named_unless_they_are_ours() -> None:
+    begin()
+    message = "Be aware that when using `ckpt_path`, callbacks … Please add the following callbacks: {}."
+    assert not is_shown(message.format(["WeightAveraging"]), "lightning.pytorch.trainer.call")
+    assert is_shown(message.format(["WeightAveraging", "EarlyStopping"]), "lightning.pytorch.trainer.call")
+
+
 def test_loaders_without_workers_are_left_out_only_where_they_are_ours() -> None:
     begin()
     assert is_shown(TEXTURES, CONNECTOR)
