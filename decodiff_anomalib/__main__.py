@@ -17,6 +17,7 @@ VERBS: dict[str, str] = {
     "benchmark": "decodiff_anomalib.benchmark.command:benchmark",
     "convert": "decodiff_anomalib.weights:convert",
     "demo": "decodiff_anomalib.demo:demo",
+    "refine": "decodiff_anomalib.refine:refine",
     "report": "decodiff_anomalib.report:report",
     "threshold": "decodiff_anomalib.thresholds:threshold",
     "settings": "decodiff_anomalib.presets:show_settings",

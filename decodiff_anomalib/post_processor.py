@@ -197,6 +197,21 @@ class DeCoDiffPostProcessor(PostProcessor):
             exceeding = tails > self.pixel_thresholds[index]
             self.normal_pixel_rates[index] = (exceeding.sum(1) / self._pixels_of_image).tolist()
 
+    def add_normals(self, category: str, scores: torch.Tensor, tails: torch.Tensor) -> None:
+        """Set the image threshold on further normal images, too; the pixel threshold can only rise.
+
+        Arguments are those of :meth:`set_on_normals`.
+        """
+        index = self.categories.index(category)
+        rates, threshold = self.normal_pixel_rates[index], self.pixel_thresholds[index].clone()
+        kept = torch.tensor(self.normal_scores[index])
+        self.set_on_normals(category, scores, tails)
+        self.set_on_normals(category, torch.cat([kept.to(scores), scores]), None)
+        if self.pixel_thresholds[index] < threshold:  # the pixels of earlier images are not kept
+            for row in (index, -1) if len(self.categories) == 1 else (index,):
+                self.pixel_thresholds[row] = threshold
+        self.normal_pixel_rates[index] = rates + self.normal_pixel_rates[index]
+
     def set_rate(self, rate: float, category: str | None = None) -> None:
         """Set image thresholds at a false-alarm rate in (0, 0.5), on the scores that were kept.
 

@@ -49,10 +49,27 @@ class MemoryBank(nn.Module):
             latents: ``(N, C, h, w)``.
             generator: Draws the candidates of the coreset, on the CPU.
         """
-        positions = latents.movedim(1, -1).flatten(0, -2)
-        drawn = torch.randint(len(positions), (BANK_CANDIDATES,), generator=generator).to(latents.device)
-        candidates = positions[drawn]
+        candidates = _draw(latents, generator)
         self.bank[row] = candidates[greedy_coreset(candidates, self.bank.shape[1])]
+
+    @torch.no_grad()
+    def add(self, row: int, latents: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """Replace the entries of one category that others make needless by latents of further normal images.
+
+        Args:
+            row: As in :meth:`fit`.
+            latents: As in :meth:`fit`.
+            generator: As in :meth:`fit`.
+        """
+        candidates = torch.cat([self.bank[row], _draw(latents, generator)])
+        self.bank[row] = candidates[greedy_coreset(candidates, self.bank.shape[1])]
+
+
+def _draw(latents: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Candidates of a coreset ``(BANK_CANDIDATES, C)`` from latents ``(N, C, h, w)``."""
+    positions = latents.movedim(1, -1).flatten(0, -2)
+    drawn = torch.randint(len(positions), (BANK_CANDIDATES,), generator=generator)
+    return positions[drawn.to(latents.device)]
 
 
 class MatrixProduct(nn.Module):

@@ -58,7 +58,7 @@ LAYERS = (
     },
     {"lightning_model"},
     {"model_file"},
-    {"benchmark", "demo", "thresholds"},
+    {"benchmark", "demo", "refine", "thresholds"},
     {"__main__"},
 )
 """From the bottom up. A module imports from its own layer and those below it, never from above."""
