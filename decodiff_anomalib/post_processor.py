@@ -198,18 +198,18 @@ class DeCoDiffPostProcessor(PostProcessor):
             self.normal_pixel_rates[index] = (exceeding.sum(1) / self._pixels_of_image).tolist()
 
     def add_normals(self, category: str, scores: torch.Tensor, tails: torch.Tensor) -> None:
-        """Set the image threshold on further normal images, too; the pixel threshold can only rise.
+        """Take further normal images into the thresholds of a category, which can only rise.
 
-        Arguments are those of :meth:`set_on_normals`.
+        They would fall where the further images are more alike than images to come, such as overlapping ones; and of
+        earlier images, the pixels are not kept. Arguments are those of :meth:`set_on_normals`.
         """
         index = self.categories.index(category)
-        rates, threshold = self.normal_pixel_rates[index], self.pixel_thresholds[index].clone()
-        kept = torch.tensor(self.normal_scores[index])
+        rates, kept = self.normal_pixel_rates[index], torch.tensor(self.normal_scores[index])
+        before = self.image_thresholds.clone(), self.pixel_thresholds.clone()
         self.set_on_normals(category, scores, tails)
         self.set_on_normals(category, torch.cat([kept.to(scores), scores]), None)
-        if self.pixel_thresholds[index] < threshold:  # the pixels of earlier images are not kept
-            for row in (index, -1) if len(self.categories) == 1 else (index,):
-                self.pixel_thresholds[row] = threshold
+        for thresholds, lowest in zip((self.image_thresholds, self.pixel_thresholds), before, strict=True):
+            thresholds.copy_(torch.fmax(thresholds, lowest))
         self.normal_pixel_rates[index] = rates + self.normal_pixel_rates[index]
 
     def set_rate(self, rate: float, category: str | None = None) -> None:

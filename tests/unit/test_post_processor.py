@@ -235,3 +235,19 @@ def test_a_category_with_few_normal_images_has_the_threshold_over_all() -> None:
     processor.on_validation_epoch_end(TRAINER, None)
     assert processor.image_thresholds[1] == processor.image_thresholds[2] > processor.image_thresholds[0]
     assert [promise.category for promise in processor.promises()] == ["bolt"]
+
+
+def test_further_normal_images_can_only_raise_thresholds() -> None:
+    processor = DeCoDiffPostProcessor()
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(categories=["bolt"]), **vars(TRAINER))
+    processor.setup(trainer, SimpleNamespace(), "fit")
+    calibrate(processor, scores_of("bolt", 20, seed=0), torch.rand(20, 1, 16, 16))
+    image, pixel = processor.image_thresholds.clone(), processor.pixel_thresholds.clone()
+    alike = torch.full((20,), 1.0)
+    processor.add_normals("bolt", alike, processor.highest_pixels(torch.full((20, 1, 16, 16), 0.5)))
+    assert torch.equal(processor.image_thresholds, image)
+    assert torch.equal(processor.pixel_thresholds, pixel)
+    assert len(processor.normal_scores[0]) == 40
+    processor.add_normals("bolt", 9 * alike, processor.highest_pixels(torch.full((20, 1, 16, 16), 5.0)))
+    assert (processor.image_thresholds > image).all()
+    assert (processor.pixel_thresholds == 5).all()
