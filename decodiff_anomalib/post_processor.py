@@ -223,6 +223,7 @@ class DeCoDiffPostProcessor(PostProcessor):
             if len(scores) >= FEWEST_NORMALS and category in {None, self.categories[index]}:
                 self.image_thresholds[index] = prediction_limit(torch.tensor(scores), rate)
         if category is None or len(self.categories) == 1:
+            self.false_alarm_rate = rate
             every = torch.tensor([score for scores in self.normal_scores for score in scores])
             self.image_thresholds[-1] = prediction_limit(every, rate)
             self._image_threshold.copy_(self.image_thresholds[-1])

@@ -1,5 +1,6 @@
 """INT8 with NNCF: which modules compute in integers, and the images that determine the integers' ranges."""
 
+import logging
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ def compress(
     """
     import nncf
 
+    nncf.set_log_level(logging.WARNING)  # below, it reports every node that it leaves alone
     scopes = "|".join(map(re.escape, QUANTISED_SCOPES))
     others = nncf.IgnoredScope(patterns=[rf"^(?!({scopes})[./]).*"], validate=False)
     if compression == CompressionType.INT8:

@@ -222,7 +222,9 @@ def test_a_rate_can_be_changed_on_the_scores_that_were_kept(two_categories) -> N
     restored.set_rate(0.2, "felt")
     assert restored.image_thresholds[0] == two_categories.image_thresholds[0]
     assert restored.image_thresholds[1] == pytest.approx(float(prediction_limit(scores_of("felt", 60, seed=0), 0.2)))
+    assert restored.false_alarm_rate == two_categories.false_alarm_rate
     restored.set_rate(0.2)
+    assert restored.false_alarm_rate == 0.2
     assert restored.image_thresholds[0] == pytest.approx(float(prediction_limit(scores_of("bolt", 60, seed=0), 0.2)))
 
 
