@@ -243,6 +243,21 @@ class CheckpointMixin(LightningModule):
     _build_model: Callable[..., DeCoDiffModel]
     _fix_category: Callable[[], None]
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
+        """As in torch: weights for a model of the same size, settings and number of categories.
+
+        Raises:
+            RuntimeError: If they are of another model; says how to build that.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            msg = (
+                f"{error}\nA state_dict has weights only. DeCoDiff.load_from_checkpoint(FILE) builds the model that "
+                "the checkpoint states, with its size, settings and categories, and loads them."
+            )
+            raise RuntimeError(msg) from error
+
     @classmethod
     def load_from_checkpoint(cls, *args, **kwargs) -> Any:
         """As in Anomalib; the torch model is built once, as the checkpoint states it."""
@@ -296,7 +311,9 @@ class CheckpointMixin(LightningModule):
             reset_thresholds(checkpoint)
         followed_anyway = {"settings": None, "white_level": None}
         if requested | followed_anyway != saved | followed_anyway:
-            logger.info("The checkpoint was trained with %s; following it.", saved)
+            differing = {name: value for name, value in saved.items() if value != requested.get(name)}
+            differing.pop("settings", None)  # more than a screen; what was asked for and differs is refused
+            logger.info("The checkpoint was trained with %s; following it.", differing)
         self._image_size = tuple(saved["image_size"])
         if self.hparams["white_level"] is None:
             self.white_level = saved.get("white_level")  # older checkpoints have none

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from decodiff_anomalib import DeCoDiff
 from decodiff_anomalib import checkpoint as checkpoints
 from decodiff_anomalib.presets import PRESETS, resolve
 
@@ -105,3 +106,11 @@ def test_frozen_parts_are_stored_once() -> None:
     checkpoints.share_frozen(checkpoint := {"state_dict": state, "current_model_state": unaveraged})
     assert checkpoint["current_model_state"]["model.codec.weight"] is state["model.codec.weight"]
     assert checkpoint["current_model_state"]["model.denoiser.weight"] is not state["model.denoiser.weight"]
+
+
+def test_weights_of_another_model_are_refused_with_the_way_to_load_them() -> None:
+    """A state_dict alone knows no size and no categories."""
+    weights = DeCoDiff(preset="fast", image_size=64).state_dict()
+    DeCoDiff(preset="fast", image_size=64).load_state_dict(weights)
+    with pytest.raises(RuntimeError, match=r"size mismatch(.|\n)*DeCoDiff\.load_from_checkpoint\(FILE\) builds"):
+        DeCoDiff(preset="fast", image_size=96).load_state_dict(weights)
