@@ -24,7 +24,9 @@ class MemoryBank(nn.Module):
         rows = num_categories + 1
         self.products = MatrixProduct()
         self.bank: torch.Tensor
+        self.bank_energy: torch.Tensor
         self.register_buffer("bank", torch.zeros(rows, entries, channels))
+        self.register_buffer("bank_energy", torch.zeros(rows, entries), persistent=False)
 
     def forward(self, latents: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """The nearest entry ``(B, C, h, w)`` of the category's bank for each position.
@@ -34,9 +36,8 @@ class MemoryBank(nn.Module):
             category: Category index ``(B,)``; ``K`` searches the bank of all categories.
         """
         # The nearest entry minimises |a - b|^2 - |a|^2, a matrix product: torch.cdist has no ONNX counterpart.
-        bank = self.bank[category]
-        products = self.products(-2 * latents.flatten(2).mT, bank.mT)
-        index = (products + bank.square().sum(2)[:, None]).argmin(2)
+        products = self.products(-2 * latents.flatten(2).mT, self.bank[category].mT)
+        index = (products + self.bank_energy[category][:, None]).argmin(2)
         nearest = self.bank[category[:, None], index]
         return nearest.mT.unflatten(2, latents.shape[-2:])
 
@@ -51,6 +52,7 @@ class MemoryBank(nn.Module):
         """
         candidates = _draw(latents, generator)
         self.bank[row] = candidates[greedy_coreset(candidates, self.bank.shape[1])]
+        self._update_energy()
 
     @torch.no_grad()
     def add(self, row: int, latents: torch.Tensor, generator: torch.Generator | None = None) -> None:
@@ -63,6 +65,14 @@ class MemoryBank(nn.Module):
         """
         candidates = torch.cat([self.bank[row], _draw(latents, generator)])
         self.bank[row] = candidates[greedy_coreset(candidates, self.bank.shape[1])]
+        self._update_energy()
+
+    def _update_energy(self) -> None:
+        self.bank_energy.copy_(self.bank.square().sum(2))
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._update_energy()
 
 
 def _draw(latents: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

@@ -18,7 +18,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from decodiff_anomalib.conditioning import DEFAULT_CATEGORY, UNKNOWN, category_names
 from decodiff_anomalib.data.run_images import ImageNumbers
-from decodiff_anomalib.evaluation.category_metrics import CategoryMetrics
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.report.records import SIDE, Image, ReportFolder, Run
 from decodiff_anomalib.views import label_threshold, views
@@ -81,6 +80,10 @@ class ReportWriter(Callback):
         self._numbers = ImageNumbers(trainer)
         names = () if trainer.datamodule is None else category_names(trainer.datamodule)
         self._lone_category = names[0] if len(names) == 1 else None
+        from decodiff_anomalib.evaluation.category_metrics import (
+            CategoryMetrics,
+        )  # with SciPy, which importing must not
+
         is_test = trainer.state.fn == TrainerFn.TESTING
         self._metrics = {name: CategoryMetrics(name) for name in names} if is_test else {}
         data = filter(None, [getattr(trainer.datamodule, "name", None), self._lone_category])

@@ -52,6 +52,6 @@ def test_the_report_keeps_the_entries_of_other_files(tmp_path: Path) -> None:
     for name in ("model.onnx", "other.onnx", "model.onnx"):
         staging = tmp_path / ".staging"
         staging.mkdir(exist_ok=True)
-        parity._write_report({"images": 1}, staging / name)
+        parity.stage_record(staging / name, "parity.json", {"images": 1})
         (staging / "parity.json").replace(reports)
     assert set(json.loads(reports.read_text())) == {"model.onnx", "other.onnx"}

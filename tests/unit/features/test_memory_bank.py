@@ -44,3 +44,13 @@ def test_the_coreset_covers_all_features(memory_bank: MemoryBank) -> None:
     covered, at_random = (torch.cdist(points, points[index]).amin(1).max() for index in (chosen, slice(50)))
     assert covered < 0.75 * at_random
     assert len(memory_bank.bank[0].unique(dim=0)) == 6 * 8 * 8  # fewer positions than entries: all of them are kept
+
+
+def test_squared_norms_of_a_memory_bank_are_computed_when_it_is_loaded() -> None:
+    bank, restored = MemoryBank(5, 2, 10), MemoryBank(5, 2, 10)
+    bank.fit(1, torch.randn(4, 5, 8, 8), torch.Generator().manual_seed(0))
+    bank.add(1, torch.randn(4, 5, 8, 8), torch.Generator().manual_seed(1))
+    restored.load_state_dict(bank.state_dict())
+    assert "bank_energy" not in bank.state_dict()
+    torch.testing.assert_close(restored.bank_energy, restored.bank.square().sum(2))
+    torch.testing.assert_close(bank.bank_energy, restored.bank_energy)
