@@ -9,7 +9,7 @@ from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import ImageBatch
@@ -21,6 +21,9 @@ from decodiff_anomalib.data.run_images import ImageNumbers
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.report.records import SIDE, Image, ReportFolder, Run
 from decodiff_anomalib.views import label_threshold, views
+
+if TYPE_CHECKING:
+    from decodiff_anomalib.evaluation.category_metrics import CategoryMetrics
 
 logger = logging.getLogger(__name__)
 
