@@ -83,9 +83,7 @@ class ReportWriter(Callback):
         self._numbers = ImageNumbers(trainer)
         names = () if trainer.datamodule is None else category_names(trainer.datamodule)
         self._lone_category = names[0] if len(names) == 1 else None
-        from decodiff_anomalib.evaluation.category_metrics import (
-            CategoryMetrics,
-        )  # with SciPy, which importing must not
+        from decodiff_anomalib.evaluation.category_metrics import CategoryMetrics  # imports SciPy
 
         is_test = trainer.state.fn == TrainerFn.TESTING
         self._metrics = {name: CategoryMetrics(name) for name in names} if is_test else {}
