@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from decodiff_anomalib.conditioning import UNKNOWN
 from decodiff_anomalib.corruption import draw_defects
 from decodiff_anomalib.export.sample_images import drawn_images
-from decodiff_anomalib.image_io import SUFFIXES, is_image_file, read_image
+from decodiff_anomalib.image_io import SUFFIXES, image_files, read_image
 from decodiff_anomalib.model_file import ModelFile, open_model
 from decodiff_anomalib.scale import COLOURS, HIGHEST, LOWEST, TICKS, colour_bar
 from decodiff_anomalib.views import CORRECTION, IMAGE, MAP, label_threshold, views
@@ -77,7 +77,7 @@ def _require_gradio() -> None:
 
 
 def _examples_of(folder: Path) -> list[Path]:
-    files = sorted(filter(is_image_file, folder.rglob("*"))) if folder.is_dir() else []
+    files = image_files(folder)
     if not files:
         msg = f"--examples {folder} has no images. Give a folder with some, or leave it out."
         raise ValueError(msg)

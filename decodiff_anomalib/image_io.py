@@ -73,6 +73,11 @@ def is_image_file(path: str | Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")  # macOS adds "._*" to archives
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and all folders below it, sorted; none if there is no such folder."""
+    return sorted(filter(is_image_file, folder.rglob("*")))
+
+
 def read_image(path: str | Path, white_level: float | None = None) -> torch.Tensor:
     """Read an image as DeCoDiff does, upright and at full depth.
 

@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import resize
 from decodiff_anomalib.atomic_write import atomic_write
 
 if TYPE_CHECKING:
+    from decodiff_anomalib import DeCoDiff
     from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 
 RUNTIMES = {".onnx": ("onnx", "onnxruntime"), ".xml": ("openvino",)}
@@ -65,15 +66,35 @@ def open_model(file: Path) -> ModelFile:
     return opened
 
 
-def _open_checkpoint(file: Path) -> ModelFile:
+def load_checkpoint(file: Path) -> "DeCoDiff":
+    """The model of a checkpoint, for inference on the CPU.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
     from decodiff_anomalib import DeCoDiff
-    from decodiff_anomalib.export import Pipeline, prediction_pipeline
 
     try:
-        module = DeCoDiff.load_from_checkpoint(file, map_location="cpu", visualizer=False).eval()
+        return DeCoDiff.load_from_checkpoint(file, map_location="cpu", visualizer=False).eval()
     except (EOFError, KeyError, RuntimeError, UnpicklingError) as error:
         msg = f"{file} cannot be loaded: {error} It is damaged or of another version; train again."
         raise ValueError(msg) from error
+
+
+def save_checkpoint(module: "DeCoDiff", source: Path, target: Path) -> None:
+    """Write a model that was loaded from the checkpoint ``source``, with what else that holds, to ``target``."""
+    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    components = module._checkpointable_components()  # noqa: SLF001 - of our own base class
+    checkpoint |= {key: part.checkpoint_config() for key, part in components.items() if part is module.post_processor}
+    checkpoint["state_dict"] |= module.state_dict()
+    with atomic_write(target) as staged:
+        torch.save(checkpoint, staged)
+
+
+def _open_checkpoint(file: Path) -> ModelFile:
+    from decodiff_anomalib.export import Pipeline, prediction_pipeline
+
+    module = load_checkpoint(file)
     raw = Pipeline(prediction_pipeline(module).pre_processor, module.model, None)
 
     def infer(image: torch.Tensor) -> Outputs:
@@ -81,17 +102,7 @@ def _open_checkpoint(file: Path) -> ModelFile:
             return raw.outputs(image)
 
     def save(target: Path) -> None:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint |= {
-            key: component.checkpoint_config()
-            for key, component in module._checkpointable_components().items()  # noqa: SLF001 - of our own base class
-            if component is module.post_processor
-        }
-        checkpoint["state_dict"] |= {
-            f"post_processor.{name}": value for name, value in module.post_processor.state_dict().items()
-        }
-        with atomic_write(target) as staged:
-            torch.save(checkpoint, staged)
+        save_checkpoint(module, file, target)
 
     exemplars = torch.zeros(0, 3, *module.input_size)
     if module.model.exemplars is not None:

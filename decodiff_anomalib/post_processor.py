@@ -326,22 +326,17 @@ class DeCoDiffPostProcessor(PostProcessor):
         category: torch.Tensor,
         ood_score: torch.Tensor | None,
     ) -> InferenceBatch:
-        score = _normalise(pred_score, self._threshold(self.image_thresholds, category).view_as(pred_score))
+        score = _normalise(pred_score, self.image_thresholds[category].view_as(pred_score))
         if ood_score is not None:
             ood_score = ood_score.view_as(score)
             score = torch.where(ood_score > 1, torch.maximum(score, ood_score / (ood_score + 1)), score)
         pred_label = ~(score <= 1 - self.image_sensitivity)  # what cannot be scored (NaN) does not pass
         if anomaly_map is None:
             return InferenceBatch(pred_label=pred_label, pred_score=score)
-        threshold = self._threshold(self.pixel_thresholds, category).view(-1, *[1] * (anomaly_map.ndim - 1))
+        threshold = self.pixel_thresholds[category].view(-1, *[1] * (anomaly_map.ndim - 1))
         pixels = _normalise(anomaly_map, threshold)
         pred_mask = ~(pixels <= 1 - self.pixel_sensitivity)
         return InferenceBatch(pred_label=pred_label, pred_score=score, pred_mask=pred_mask, anomaly_map=pixels)
-
-    @staticmethod
-    def _threshold(thresholds: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Thresholds ``(B,)`` of images of ``category`` ``(B,)``."""
-        return thresholds[category]
 
 
 def _normalise(values: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,16 @@
 """``decodiff refine``: what the model took for defects and is none becomes normal, without training anew."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from decodiff_anomalib import DeCoDiff
-from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.calibration import FEWEST_NORMALS
-from decodiff_anomalib.image_io import is_image_file, read_image
+from decodiff_anomalib.image_io import image_files, read_image
+from decodiff_anomalib.model_file import load_checkpoint, save_checkpoint
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 from decodiff_anomalib.torch_model import DeCoDiffModel
 
@@ -60,9 +61,13 @@ def refine(
     """
     target = Path(output) if output else Path(model).with_name(f"refined-{Path(model).name}")
     try:
-        if normal is None:
-            raise ValueError("Give --normal, a folder of normal images or a list of them.")  # noqa: EM101, TRY003, TRY301
-        lost = _refine(Path(model), Path(normal), defective and Path(defective), category, tolerance, force, target)
+        sources = _files(normal, at_least=2 * FEWEST_NORMALS), _files(defective, at_least=1) if defective else []
+        module, index = _open(Path(model), category)
+        normals = _read(module, sources[0])
+        defects = _read(module, sources[1]) if sources[1] else normals[:0]
+        lost = _learn(module, normals, defects, index)
+        if lost <= tolerance or force:
+            save_checkpoint(module, Path(model), target)
     except (ImportError, OSError, ValueError) as error:
         print(f"decodiff refine: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -76,30 +81,23 @@ def refine(
     print(f"Written to {target}.")
 
 
-def _refine(
-    file: Path, normal: Path, defective: Path | None, category: str | None, tolerance: float, force: bool, target: Path
-) -> float:
-    """Refine a checkpoint and save it unless too many of the defective images are lost; returns their share."""
-    module, index = _open(file, category)
-    images = _read(module, normal, at_least=2 * FEWEST_NORMALS)
-    defects = _read(module, defective, at_least=1) if defective else images[:0]
-    before = [_share_above(module, index, _score(module, part, index)) for part in (images, defects)]
+def _learn(module: DeCoDiff, normals: torch.Tensor, defects: torch.Tensor, index: int) -> float:
+    """Make images normal, print what it changes, and return the share of ``defects`` that are lost by it."""
+    before = [_share_above(module, index, _score(module, images, index)) for images in (normals, defects)]
 
-    scored = _score_by_the_other_half(module, images, index)
-    _add(module.model, images, index)
+    scored = _score_by_the_other_half(module, normals, index)
+    _add(module.model, normals, index)
     module.post_processor.add_normals(module.categories[index], scored.scores, scored.tails)
     scored = scored._replace(ood_scores=_raise_ood_limit(module, index, scored.ood_scores))
     after = [_share_above(module, index, part) for part in (scored, _score(module, defects, index))]
 
     print(f"{module.categories[index]}: images above the threshold")
-    for name, count, old, new in zip(("normal", "defective"), (len(images), len(defects)), before, after, strict=True):
+    counts = len(normals), len(defects)
+    for name, count, old, new in zip(("normal", "defective"), counts, before, after, strict=True):
         if count:
             print(f"  {count} {name}: {old:.0%} before, {new:.0%} after")
     print(module.post_processor.describe())
-    lost = before[1] - after[1]
-    if lost <= tolerance or force:
-        _save(module, file, target)
-    return lost
+    return before[1] - after[1]
 
 
 def _open(file: Path, category: str | None) -> tuple[DeCoDiff, int]:
@@ -107,7 +105,7 @@ def _open(file: Path, category: str | None) -> tuple[DeCoDiff, int]:
     if file.suffix != ".ckpt" or not file.is_file():
         msg = f"{file} is no checkpoint (.ckpt). Refine the one that a file was exported from, and export it again."
         raise ValueError(msg)
-    module = DeCoDiff.load_from_checkpoint(file, map_location="cpu", visualizer=False).eval()
+    module = load_checkpoint(file)
     if not isinstance(module.post_processor, DeCoDiffPostProcessor) or not module.post_processor.has_thresholds:
         msg = f"{file} has no thresholds. Train the model to the end."
         raise ValueError(msg)
@@ -122,15 +120,23 @@ def _open(file: Path, category: str | None) -> tuple[DeCoDiff, int]:
     return module, names.index(chosen)
 
 
-def _read(module: DeCoDiff, source: Path, *, at_least: int) -> torch.Tensor:
-    """Images ``(N, 3, H, W)`` of a folder or a list, as the model takes them."""
+def _files(source: Path | None, *, at_least: int) -> list[Path]:
+    """The images of a folder or a list."""
+    if source is None:
+        msg = "Give --normal, a folder of normal images or a list of them."
+        raise ValueError(msg)
     if source.is_dir():
-        files = sorted(filter(is_image_file, source.rglob("*")))
+        files = image_files(source)
     else:
         files = [Path(line.strip()) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(files) < at_least:
         msg = f"{source} has {len(files)} images; {at_least} or more are needed. Add images like them."
         raise ValueError(msg)
+    return files
+
+
+def _read(module: DeCoDiff, files: Sequence[Path]) -> torch.Tensor:
+    """Images ``(N, 3, H, W)`` as the model takes them."""
     transform = module.pre_processor.transform
     return torch.stack([transform(read_image(file, module.white_level)) for file in files])
 
@@ -184,12 +190,3 @@ def _raise_ood_limit(module: DeCoDiff, index: int, ood_scores: torch.Tensor) -> 
     if module.model.router is not None:
         module.model.router.limits[index] *= factor
     return ood_scores / factor
-
-
-def _save(module: DeCoDiff, file: Path, target: Path) -> None:
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    components = module._checkpointable_components()  # noqa: SLF001 - of our own base class
-    checkpoint |= {key: part.checkpoint_config() for key, part in components.items() if part is module.post_processor}
-    checkpoint["state_dict"] = module.state_dict()
-    with atomic_write(target) as staged:
-        torch.save(checkpoint, staged)

@@ -8,7 +8,7 @@ import torch
 
 from decodiff_anomalib.calibration import FEWEST_NORMALS, normals_needed, prediction_limit
 from decodiff_anomalib.conditioning import UNKNOWN
-from decodiff_anomalib.image_io import is_image_file, read_image
+from decodiff_anomalib.image_io import image_files, read_image
 from decodiff_anomalib.model_file import ModelFile, open_model
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _set_score(post_processor: "DeCoDiffPostProcessor", score: float, category: 
 
 def _set_on_images(opened: ModelFile, folder: Path, category: str | None) -> None:
     post_processor = opened.post_processor
-    files = sorted(filter(is_image_file, folder.rglob("*"))) if folder.is_dir() else []
+    files = image_files(folder)
     if len(files) < FEWEST_NORMALS:
         msg = (
             f"{folder} has {len(files)} images; {FEWEST_NORMALS} set a threshold, and {normals_needed(0.1)} can "

@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import (
 from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.data.images import inspect_images
 from decodiff_anomalib.features import PACKAGED_BACKBONE, VisualFeatures
-from decodiff_anomalib.image_io import is_image_file, read_image
+from decodiff_anomalib.image_io import image_files, read_image
 from decodiff_anomalib.precision import computes_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def find_photographs(folder: Path) -> list[Path]:
         FileNotFoundError: If there are fewer than two.
         ValueError: If some are broken, or have more than 8 bits.
     """
-    files = sorted(filter(is_image_file, folder.rglob("*")))
+    files = image_files(folder)
     if len(files) < 2:
         msg = f"{len(files)} images below {folder}; give a folder of photographs of anything, hundreds are good."
         raise FileNotFoundError(msg)

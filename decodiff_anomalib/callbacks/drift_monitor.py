@@ -4,7 +4,6 @@ import logging
 import math
 import statistics
 from collections import deque
-from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
@@ -12,15 +11,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from decodiff_anomalib.calibration import FEWEST_NORMALS, SMALLEST
+from decodiff_anomalib.conditioning import INFERRED
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 50  # images
-WINDOW_SIGMAS, CENTRE_SIGMAS = 5.0, 3.0  # at most one false warning in a hundred streams of 20,000 images
+WINDOW_SIGMAS, CENTRE_SIGMAS = 5.0, 3.0  # hardly a false warning in streams of thousands of images
 MEDIAN_EFFICIENCY = math.sqrt(math.pi / 2)  # standard error of a median, relative to that of a mean
 WHAT = {
-    "score": "Scores are higher than those of normal images: more parts are defective, or all images have changed.",
-    "unlikeness": "Images differ from the training images as a whole: look at the lamp, the focus and the camera.",
+    "raw_score": "Scores are higher than those of normal images: more parts are defective, or all images have changed.",
+    "ood_score": "Images differ from the training images as a whole: look at the lamp, the focus and the camera.",
 }
 
 
@@ -47,34 +47,33 @@ class DriftMonitor(Callback):
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=self.window) for name in WHAT}
         self._warned: set[str] = set()
         self._count = 0
-        self._usual = {"score": usual_scores(pl_module), "unlikeness": usual_unlikeness(pl_module)}
+        self._usual = {"raw_score": usual_scores(pl_module), "ood_score": usual_ood_scores(pl_module)}
 
     def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: ImageBatch,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: object,
+        **__: object,
     ) -> None:
         """Take up the images of a batch, and warn if the last ones are unlike."""
-        del trainer, pl_module, batch, batch_idx, dataloader_idx
-        values = {"score": getattr(outputs, "raw_score", None), "unlikeness": getattr(outputs, "ood_score", None)}
+        del trainer, pl_module
         index = outputs.category_index.tolist()
-        for name, found in values.items():
-            usual = self._usual[name]
+        self._count += len(index)
+        for name, usual in self._usual.items():
+            found = getattr(outputs, name, None)
             if found is None or not usual:
                 continue
             for category, value in zip(index, found.flatten().tolist(), strict=True):
-                # An image of no category is as unlike as can be. A category without held-out images tells nothing.
-                if category in usual:
-                    mean, spread, _ = usual[category]
-                    self._recent[name].append((math.log(max(value, SMALLEST)) - mean) / spread)
-                elif name == "unlikeness" and value > 1:
+                # An image of no category, or without a score, is as unlike as can be. A category without held-out
+                # images tells nothing.
+                if math.isnan(value) or (category not in usual and name == "ood_score" and value > 1):
                     self._recent[name].append(math.inf)
+                elif category in usual:
+                    mean, spread = usual[category][:2]
+                    self._recent[name].append((math.log(max(value, SMALLEST)) - mean) / spread)
             self._warn_of(name)
-        self._count += len(index)
 
     def _warn_of(self, name: str) -> None:
         recent = self._recent[name]
@@ -90,7 +89,7 @@ class DriftMonitor(Callback):
                 "median %s lies %.1f standard deviations above, %.1f are usual at most. %s `decodiff threshold MODEL "
                 "--images FOLDER` sets thresholds on normal images as they are now.",
                 self.window,
-                self._count + 1,
+                self._count,
                 name,
                 median,
                 limit,
@@ -114,10 +113,10 @@ def usual_scores(pl_module: LightningModule) -> dict[int, tuple[float, float, in
     }
 
 
-def usual_unlikeness(pl_module: LightningModule) -> dict[int, tuple[float, float, int]]:
+def usual_ood_scores(pl_module: LightningModule) -> dict[int, tuple[float, float, int]]:
     """The same of out-of-distribution scores; empty where categories are not inferred, whose scores are 0."""
     router = pl_module.model.router
-    if router is None or pl_module.category != "inferred":
+    if router is None or pl_module.category != INFERRED:
         return {}
     return {
         index: (mean, max(spread, SMALLEST), int(count))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from io import StringIO
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from anomalib.data import ImageBatch
@@ -90,12 +90,11 @@ class PredictionTable(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: ImageBatch,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: object,
+        **__: object,
     ) -> None:
         """Append the rows of a batch."""
-        del trainer, pl_module, batch, batch_idx, dataloader_idx
+        del trainer, pl_module
         names = self._numbers.names(outputs)
         columns = [names, *(_column(getattr(outputs, name, None), len(names)) for name in COLUMNS[1:-1])]
         self._append([*row, ""] for row in zip(*columns, strict=True))

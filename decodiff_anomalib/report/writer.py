@@ -68,17 +68,6 @@ class ReportWriter(Callback):
         Raises:
             OSError: If the run's folder cannot be written to.
         """
-        self._begin(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the data.
-
-        Raises:
-            OSError: If the run's folder cannot be written to.
-        """
-        self._begin(trainer, pl_module)
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._folder = ReportFolder(Path(trainer.default_root_dir))
         self._numbers = ImageNumbers(trainer)
         names = () if trainer.datamodule is None else category_names(trainer.datamodule)
@@ -100,40 +89,13 @@ class ReportWriter(Callback):
         trainer.strategy.barrier("report")
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: ImageBatch,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: ImageBatch, *_: object, **__: object
     ) -> None:
         """Append the images of a batch."""
-        del batch, batch_idx, dataloader_idx
-        self._append(outputs, trainer, pl_module)
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: ImageBatch,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Append the images of a batch."""
-        del batch, batch_idx, dataloader_idx
         self._append(outputs, trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page."""
-        self._end(trainer, pl_module)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page."""
-        self._end(trainer, pl_module)
-
-    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         del pl_module
         pixels = {name: _finite(metrics.compute()) for name, metrics in self._metrics.items()}
         self._metrics = {}
@@ -146,6 +108,8 @@ class ReportWriter(Callback):
             known = {name: values for name, values in pixels.items() if values}
             self._folder.write_run(replace(self._run, pixel_metrics=known))
             logger.info("Report: %s", write_page(self._folder))
+
+    on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
 
     # ---------------------------------------------------------------- images
 

@@ -18,7 +18,6 @@ import openvino
 import pytest
 import torch
 from anomalib.deploy import CompressionType
-from anomalib.engine import Engine
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from decodiff_anomalib import DeCoDiff, MultiCategory
@@ -48,16 +47,6 @@ class Export(NamedTuple):
 @pytest.fixture(scope="module")
 def data(data_dir: Path) -> MultiCategory:
     return MultiCategory(data_dir, num_workers=0)
-
-
-@pytest.fixture(scope="module")
-def model(data: MultiCategory, tmp_path_factory: pytest.TempPathFactory) -> DeCoDiff:
-    given = os.environ.get("DECODIFF_CHECKPOINT")
-    if given:
-        return DeCoDiff.load_from_checkpoint(given, map_location="cpu").eval()
-    model = DeCoDiff(preset="fast")
-    Engine(default_root_dir=tmp_path_factory.mktemp("run"), accelerator="cpu", logger=False).fit(model, datamodule=data)
-    return model.cpu().eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from anomalib.engine import Engine
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from decodiff_anomalib import DeCoDiff, MultiCategory
 from decodiff_anomalib.calibration import prediction_limit
-from decodiff_anomalib.callbacks.drift_monitor import WINDOW, usual_scores, usual_unlikeness, warning_limit
+from decodiff_anomalib.callbacks.drift_monitor import WINDOW, usual_ood_scores, usual_scores, warning_limit
 from decodiff_anomalib.torch_model import FEATURE
 
 pytestmark = pytest.mark.benchmarks
@@ -38,13 +37,13 @@ class Scored(NamedTuple):
     Attributes:
         scores: ``(N,)``.
         unshifted: What they would be if shifts of whole images were left in, ``(N,)``.
-        unlikeness: Out-of-distribution scores ``(N,)``.
+        ood_scores: Out-of-distribution scores ``(N,)``.
         defective: ``(N,)``.
     """
 
     scores: torch.Tensor
     unshifted: torch.Tensor
-    unlikeness: torch.Tensor
+    ood_scores: torch.Tensor
     defective: torch.Tensor
 
 
@@ -54,16 +53,6 @@ def data(request: pytest.FixtureRequest) -> MultiCategory:
     data = MultiCategory(Path(given) if given else request.getfixturevalue("data_dir"), num_workers=0)
     data.setup()
     return data
-
-
-@pytest.fixture(scope="module")
-def model(data: MultiCategory, tmp_path_factory: pytest.TempPathFactory) -> DeCoDiff:
-    given = os.environ.get("DECODIFF_CHECKPOINT")
-    if given:
-        return DeCoDiff.load_from_checkpoint(given, map_location="cpu").eval()
-    model = DeCoDiff(preset="fast")
-    Engine(default_root_dir=tmp_path_factory.mktemp("run"), accelerator="cpu", logger=False).fit(model, datamodule=data)
-    return model.cpu().eval()
 
 
 @torch.inference_mode()
@@ -114,7 +103,7 @@ def test_how_soon_changed_images_are_noticed(model: DeCoDiff, data: MultiCategor
     for index, category in enumerate(model.categories):
         images, defective = images_of(data, "test", category)
         normal = images[~defective]
-        usual = {"scores": usual_scores(model)[index], "unlikeness": usual_unlikeness(model)[index]}
+        usual = {"scores": usual_scores(model)[index], "ood_scores": usual_ood_scores(model)[index]}
         limit = warning_limit(WINDOW, min(count for _, _, count in usual.values()))
         changed = {name: score(model, change(normal), defective[~defective], index) for name, change in CHANGES.items()}
         for name, scored in changed.items():

@@ -57,10 +57,16 @@ def test_a_shift_is_seen_within_a_window_and_warned_of_once(caplog: pytest.LogCa
     assert not caplog.records
     predict(monitor, MEAN + SPREAD * (2.5 + torch.randn(48, generator=generator)))  # 2.5 standard deviations
     assert len(caplog.records) == 1
-    assert "median score lies" in caplog.text
+    assert "median raw_score lies" in caplog.text
     assert "`decodiff threshold MODEL --images FOLDER`" in caplog.text
     predict(monitor, MEAN + SPREAD * (2.5 + torch.randn(200, generator=generator)))
     assert len(caplog.records) == 1
+
+
+def test_images_without_a_score_are_a_drift(caplog: pytest.LogCaptureFixture) -> None:
+    predict(monitor_of(torch.Generator().manual_seed(0)), torch.full((56,), torch.nan))
+    assert "up to number 56" in caplog.text
+    assert "median raw_score lies inf" in caplog.text
 
 
 def test_images_of_no_trained_category_are_a_drift(caplog: pytest.LogCaptureFixture) -> None:
@@ -69,7 +75,7 @@ def test_images_of_no_trained_category_are_a_drift(caplog: pytest.LogCaptureFixt
         predict(monitor, torch.full((48,), MEAN), torch.full((48,), 1.5))
         assert not caplog.records  # fewer than a window
         predict(monitor, torch.full((8,), MEAN), torch.full((8,), 1.5))
-    assert "median unlikeness lies inf standard deviations above" in caplog.text
+    assert "median ood_score lies inf standard deviations above" in caplog.text
     assert "look at the lamp, the focus and the camera" in caplog.text
 
 
