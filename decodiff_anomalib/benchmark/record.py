@@ -9,7 +9,8 @@ from typing import Any
 from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.folder_names import check_folder_name
 
-RECORD, LOG, MAPS, CURVES, CATEGORY_METRICS = "run.json", "log.txt", "maps.npz", "curves.json", "categories.json"
+RECORD, LOG, MODEL, MAPS = "run.json", "log.txt", "model.ckpt", "maps.npz"
+CURVES, CATEGORY_METRICS = "curves.json", "categories.json"
 """Files in the folder of a run."""
 
 

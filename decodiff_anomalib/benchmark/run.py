@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, RandomCrop, Resize, T
 from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.benchmark import costs
 from decodiff_anomalib.benchmark.costs import GREY_VALUES
-from decodiff_anomalib.benchmark.record import CATEGORY_METRICS, CURVES, MAPS, RECORD, Run, write_record
+from decodiff_anomalib.benchmark.record import CATEGORY_METRICS, CURVES, MAPS, MODEL, RECORD, Run, write_record
 from decodiff_anomalib.data import MultiCategory
 from decodiff_anomalib.data.dataset import MultiCategoryDataset
 from decodiff_anomalib.evaluation import CategoryReport
@@ -58,7 +58,8 @@ def main(folder: Path) -> None:
 def perform(run: Run, folder: Path, timing_seconds: float) -> dict[str, Any]:
     """Train, test and measure.
 
-    Writes the metrics by category, the precision-recall curves and the maps of the contact sheet into ``folder``.
+    Writes the metrics by category, the precision-recall curves, the maps of the contact sheet and the trained model
+    into ``folder``.
 
     Args:
         run: The model, the data and the seed.
@@ -84,6 +85,8 @@ def perform(run: Run, folder: Path, timing_seconds: float) -> dict[str, Any]:
             engine.validate(model, datamodule=datamodule, verbose=False)
         train_seconds = time.perf_counter() - began
         engine.test(model, datamodule=datamodule)
+        with atomic_write(folder / MODEL) as path:
+            engine.trainer.save_checkpoint(path, weights_only=True)
         callbacks: list[Callback] = engine.trainer.callbacks
         (report,) = (callback for callback in callbacks if isinstance(callback, CategoryReport))
         _write_metrics(report, folder)
