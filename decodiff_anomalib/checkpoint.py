@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Trainer
 
-    from decodiff_anomalib.callbacks import TrainingDuration
+    from decodiff_anomalib.callbacks import PredictionTable, TrainingDuration
     from decodiff_anomalib.corruption import ReplayBuffer
     from decodiff_anomalib.torch_model import DeCoDiffModel
 
@@ -234,6 +234,7 @@ class CheckpointMixin(LightningModule):
     model: DeCoDiffModel
     _duration: TrainingDuration
     white_level: float | None
+    _prediction_table: PredictionTable
     _image_size: tuple[int, int]
     _source_categories: tuple[str, ...] | None
     seed: int
@@ -317,6 +318,8 @@ class CheckpointMixin(LightningModule):
         self._image_size = tuple(saved["image_size"])
         if self.hparams["white_level"] is None:
             self.white_level = saved.get("white_level")  # older checkpoints have none
+        if self._trainer is not None and self.trainer.predicting:
+            self._prediction_table.leave_out_too_bright(self.white_level)
         self.categories = self._source_categories = tuple(saved["categories"])
         before: DeCoDiffModel | None = getattr(self, "model", None)
         codec = before.codec if before is not None and before.codec.spec == saved["codec"] else saved["codec"]

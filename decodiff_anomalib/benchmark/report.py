@@ -9,11 +9,11 @@ import pandas as pd
 from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.benchmark.grid import MODES
 from decodiff_anomalib.benchmark.record import CATEGORY_METRICS, Run
-from decodiff_anomalib.evaluation import METRICS
+from decodiff_anomalib.evaluation import METRICS, RATES
 
 COSTS = ("train_seconds", "ms_batch_1", "ms_batch_8", "memory_mb", "parameters", "state_mb")
 OF_CORRECTION = ("normal_change", "correction_psnr")
-VALUES = (*METRICS, *COSTS, *OF_CORRECTION)
+VALUES = (*METRICS, *RATES, *COSTS, *OF_CORRECTION)
 KEYS = ["model", "mode", "category"]
 MEAN = "mean"
 
@@ -22,6 +22,8 @@ HEADINGS = {
     "image_f1max": "image F1",
     "pixel_f1max": "pixel F1",
     "pixel_aupro": "AUPRO",
+    "false_alarm_rate": "false alarms",
+    "detection_rate": "detected",
     "train_seconds": "training, s",
     "ms_batch_1": "ms/image, batch 1",
     "ms_batch_8": "ms/image, batch 8",
@@ -169,7 +171,8 @@ def _markdown(table: pd.DataFrame, results: pd.DataFrame, errors: pd.DataFrame, 
     size, devices = grid[0].image_size, "; ".join(results.device.unique()) or "nothing yet"
     protocol = (
         f"Whole images of {size} × {size} pixels; categories: {', '.join(categories)}; seeds: "
-        f"{', '.join(map(str, seeds))}. Thresholds from held-out normal images. Mean ± standard deviation over seeds. "
+        f"{', '.join(map(str, seeds))}. Thresholds from held-out normal images; false alarms and detected are "
+        "the shares of normal and of defective images above them. Mean ± standard deviation over seeds. "
         f"Measured on: {devices}. The training time is that of one model, whatever its number of categories; peak "
         "memory is that of the whole run; the size of the model counts everything that inference needs; the change on "
         "normals is the mean absolute difference between the correction of a normal image and its reconstruction, in "
@@ -187,7 +190,7 @@ def _markdown(table: pd.DataFrame, results: pd.DataFrame, errors: pd.DataFrame, 
         "",
         "## By category",
         "",
-        *_lines(table[table.category != MEAN], ["category", "model", "mode", "seeds"], METRICS),
+        *_lines(table[table.category != MEAN], ["category", "model", "mode", "seeds"], (*METRICS, *RATES)),
     ]
     if len(errors):
         failed = errors.drop_duplicates(["model", "mode", "error"])

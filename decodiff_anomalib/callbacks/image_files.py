@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset
 
-from decodiff_anomalib.data.images import image_owners, inspect_images, reread, settle_white_level, sort_out
+from decodiff_anomalib.data.images import image_owners, inspect_images, reread, settle_white_level, sort_out, too_bright
 from decodiff_anomalib.data.run_images import datasets_of
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ class ImageFiles(Callback):
         self._trusted = set(names)
         self._found, reasons = sort_out(names)
         return reasons
+
+    def too_bright(self, white_level: float | None) -> dict[str, str]:
+        """Of the files that were sorted out and can be read, why those above a white level are not."""
+        return {} if white_level is None else too_bright(self._found, white_level)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the images to train and validate on."""

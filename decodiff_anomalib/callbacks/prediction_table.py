@@ -70,12 +70,12 @@ class PredictionTable(Callback):
             OSError: If the file that was asked for cannot be written.
             ValueError: If it is another kind of file.
         """
-        del pl_module
         if stage != TrainerFn.PREDICTING:
             return
+        self._is_first = trainer.is_global_zero
         self._numbers = ImageNumbers(trainer)
         self._file = Path(trainer.default_root_dir) / FILE if self.path is None else Path(self.path)
-        if trainer.is_global_zero:
+        if self._is_first:
             self._begin()
         trainer.strategy.barrier("predictions")
         # Lightning tells loaders later on, and those of a datamodule are made then; without any, none is shortened.
@@ -83,7 +83,14 @@ class PredictionTable(Callback):
         self._shortened = shortenable(source)
         self._leave_out_listed()
         if self.unreadable == SKIP:
-            self._leave_out_unreadable(is_first=trainer.is_global_zero)
+            paths = (str(path) for dataset in self._shortened for path in dataset.image_filenames)
+            self._leave_out(self._image_files.sort_out(paths))
+            self.leave_out_too_bright(getattr(pl_module, "white_level", None))
+
+    def leave_out_too_bright(self, white_level: float | None) -> None:
+        """Leave out images that are above a white level, which a checkpoint may bring after :meth:`setup`."""
+        if self.unreadable == SKIP:
+            self._leave_out(self._image_files.too_bright(white_level))
 
     def on_predict_batch_end(
         self,
@@ -125,15 +132,13 @@ class PredictionTable(Callback):
             if known:
                 logger.info("%s lists %d of %d images, which are left out.", self.path, len(known), len(before))
 
-    def _leave_out_unreadable(self, *, is_first: bool) -> None:
-        reasons = self._image_files.sort_out(
-            str(path) for dataset in self._shortened for path in dataset.image_filenames
-        )
+    def _leave_out(self, reasons: dict[str, str]) -> None:
+        """Leave out the files with these paths, each listed with its reason."""
         if not reasons:
             return
         for dataset in self._shortened:
             leave_out(dataset, reasons)
-        if is_first:
+        if self._is_first:
             empty = [""] * (len(COLUMNS) - 2)
             self._append([path, *empty, reason.removeprefix(f"{path}: ")] for path, reason in reasons.items())
             logger.warning(

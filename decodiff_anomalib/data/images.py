@@ -15,7 +15,7 @@ from anomalib.data.datamodules.image.mvtecad import MVTecAD
 from anomalib.data.datasets.image.mvtecad import CATEGORIES
 from anomalib.data.datasets.image.mvtecad import IMG_EXTENSIONS as MVTECAD_SUFFIXES
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import resize
 
@@ -82,13 +82,17 @@ def settle_white_level(found: Mapping[str, Depth | None], white_level: float | N
         return white_level
     if white_level is None:
         return choose_white_level(depths.values())
-    reasons = [
-        f"{path}: {above_white(depth.highest, white_level)}"
-        for path, depth in depths.items()
-        if depth.highest > white_level
-    ]
-    _refuse(reasons, len(depths), "")
+    _refuse(list(too_bright(found, white_level).values()), len(depths), "")
     return white_level
+
+
+def too_bright(found: Mapping[str, Depth | None], white_level: float) -> dict[str, str]:
+    """Path to reason of the images that have values above the white level."""
+    return {
+        path: f"{path}: {above_white(depth.highest, white_level)}"
+        for path, depth in found.items()
+        if depth is not None and depth.highest > white_level
+    }
 
 
 def _refuse(reasons: list[str], total: int, remedy: str) -> None:
@@ -103,7 +107,15 @@ def _refuse(reasons: list[str], total: int, remedy: str) -> None:
 
 
 def image_paths(dataset: Dataset) -> list[str]:
-    """Paths of the images of one of Anomalib's datasets, with or without annotations."""
+    """Paths of the images of one of Anomalib's datasets, with or without annotations, or of a part or a chain of them.
+
+    Other datasets tell of none.
+    """
+    if isinstance(dataset, Subset):
+        paths = image_paths(dataset.dataset)
+        return [paths[index] for index in dataset.indices] if paths else []
+    if isinstance(dataset, ConcatDataset):
+        return [path for part in dataset.datasets for path in image_paths(part)]
     if hasattr(dataset, "samples"):
         return [str(path) for path in dataset.samples.image_path]
     return [str(path) for path in getattr(dataset, "image_filenames", ())]
@@ -112,6 +124,11 @@ def image_paths(dataset: Dataset) -> list[str]:
 def image_owners(dataset: Dataset) -> dict[str, Dataset]:
     """Path of each image to the dataset whose transform it goes through: of several categories, the one it is from."""
     paths = image_paths(dataset)
+    if isinstance(dataset, Subset):
+        owners = image_owners(dataset.dataset)
+        return {path: owners[path] for path in paths}
+    if isinstance(dataset, ConcatDataset):
+        return {path: owner for part in dataset.datasets for path, owner in image_owners(part).items()}
     if hasattr(dataset, "parts") and hasattr(dataset, "samples"):
         return dict(zip(paths, map(dataset.parts.__getitem__, dataset.samples.part), strict=True))
     return dict.fromkeys(paths, dataset)

@@ -15,9 +15,9 @@ from lightning.pytorch import seed_everything
 from PIL import Image
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from decodiff_anomalib import DeCoDiffPostProcessor, MultiCategory
+from decodiff_anomalib import DeCoDiff, DeCoDiffPostProcessor, MultiCategory
 from decodiff_anomalib.__main__ import main
-from decodiff_anomalib.evaluation import METRICS
+from decodiff_anomalib.evaluation import METRICS, RATES
 
 PADIM = {"pre_trained": False, "layers": ["layer1"], "n_features": 8}
 DATA = {"num_workers": 0, "train_batch_size": 8, "val_split_ratio": 0.3}
@@ -102,12 +102,15 @@ def test_one_that_fails_is_reported_and_the_others_have_their_rows(folder: Path)
         "normal_change",
         "correction_psnr",
     ]
-    assert decodiff[[*METRICS, *costs]].notna().all()
+    assert decodiff[[*METRICS, *RATES, *costs]].notna().all()
     assert 300 < decodiff.memory_mb < 5000
     assert 4.3e6 < decodiff.parameters < 4.5e6
     assert decodiff.state_mb > 4e-6 * decodiff.parameters
     assert 0 < decodiff.normal_change < 20
     assert 5 < decodiff.correction_psnr < 40
+    kept = DeCoDiff.load_from_checkpoint(folder / "output" / "runs" / "DeCoDiff" / "multi" / "seed3" / "model.ckpt")
+    assert kept.categories == ("bolt", "felt")
+    assert kept.post_processor.has_thresholds
     run = folder / "output" / "runs" / "Padim,-small" / "multi" / "seed3"
     assert "Traceback" in (run / "log.txt").read_text()
     assert json.loads((run / "run.json").read_text())["error"].startswith("ValueError: For backbone resnet18")

@@ -3,10 +3,12 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, ImageBatch, ImageItem, PredictDataset
 from anomalib.engine import Engine
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -135,6 +137,27 @@ def test_scores_are_post_processed_and_a_prediction_goes_on(images: Path, tmp_pa
     loaded = DeCoDiff.load_from_checkpoint(checkpoint)
     engine(tmp_path / "later").predict(loaded, data_path=images / "sub")
     assert len(rows(tmp_path / "later")) == 2, "a checkpoint does not hand on the file"
+
+
+def test_an_image_above_the_white_level_is_a_row_with_its_reason(tmp_path: Path) -> None:
+    """Whether the level is the model's already, or comes with a checkpoint."""
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    for name, value in {"dark": 1000, "bright": 4000, "above": 5000}.items():
+        Image.fromarray(np.full((64, 64), value, np.uint16)).save(folder / f"{name}.png")
+    model = DeCoDiff(**SMALL, white_level=4095)
+    model.trainer = Trainer(logger=False)
+    model.trainer.strategy.connect(model)
+    model.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    for name, given, checkpoint in (("own", model, None), ("loaded", DeCoDiff(**SMALL), tmp_path / "model.ckpt")):
+        batches = engine(tmp_path / name).predict(given, data_path=folder, ckpt_path=checkpoint)
+        assert [Path(batch.image_path[0]).stem for batch in batches] == ["bright", "dark"], name
+        assert {Path(row["path"]).stem: row["reason"][:51] for row in rows(tmp_path / name) if row["reason"]} == {
+            "above": "its highest value 5000 is above the white level 4095"[:51]
+        }, name
+    refusing = DeCoDiff(**SMALL, white_level=4095, unreadable="refuse")
+    with pytest.raises(ValueError, match="1 of 3 image files cannot be read"):
+        engine(tmp_path / "refused").predict(refusing, data_path=folder)
 
 
 def test_broken_files_can_be_refused(images: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from anomalib.data import ImageBatch, MVTecAD, PredictDataset
 from PIL import Image
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from decodiff_anomalib.data import MultiCategory
@@ -16,6 +17,7 @@ from decodiff_anomalib.data import read_image as public_read_image
 from decodiff_anomalib.data.images import (
     check_folders,
     image_owners,
+    image_paths,
     inspect_images,
     read_image,
     reread,
@@ -103,6 +105,18 @@ def test_augmentations_are_those_of_the_images_category(tmp_path: Path, write_ca
     batch = dataset.collate_fn([dataset[0]])
     reread(batch, image_owners(dataset), 65535)
     assert torch.equal(batch.image[0], read_image(path, 65535)[:, 11:21, 11:21])
+
+
+def test_parts_and_chains_of_datasets_tell_of_their_images(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    names = [Path("one/a.png"), Path("one/b.png"), Path("two/c.png")]
+    a, b, c = (save(tmp_path / name, gradient(8, 12)) for name in names)
+    one, two = (PredictDataset(tmp_path / folder) for folder in ("one", "two"))
+    assert image_paths(Subset(one, [1])) == [b]
+    assert image_owners(Subset(one, [1])) == {b: one}
+    assert image_owners(ConcatDataset([one, Subset(two, [0])])) == {a: one, b: one, c: two}
+    assert image_paths(Subset(TensorDataset(torch.zeros(2)), [1])) == []
 
 
 def test_other_images_stay_as_they_are(tmp_path: Path) -> None:
