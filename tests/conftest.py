@@ -12,7 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: one thread ea
     os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED = Path(__file__).parents[2] / "shared"
-INTEGRATION = [Path(__file__).parent / folder for folder in ("integration", "benchmarks")]
+INTEGRATION = [Path(__file__).parent / folder for folder in ("integration", "benchmarks", "campaign")]
+CAMPAIGN = INTEGRATION[-1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,6 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(folder in item.path.parents for folder in INTEGRATION):
             item.add_marker(pytest.mark.integration)
+        if CAMPAIGN in item.path.parents:
+            item.add_marker(pytest.mark.campaign)
 
 
 @pytest.fixture(scope="session")
