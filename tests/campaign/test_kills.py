@@ -1,13 +1,13 @@
 """Trainings and builds that are killed at random moments go on as if nothing had happened."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,7 +89,7 @@ def test_a_training_killed_several_times_ends_bit_for_bit_as_an_uninterrupted_on
 ) -> None:
     """Every step writes a checkpoint, so that many of the kills fall into its writing."""
     expected, seconds = whole
-    moments = random.Random(chain)
+    moments = np.random.default_rng(chain)
     kills = sum(not train(noise_root, tmp_path, moments.uniform(0, seconds / KILLS)) for _ in range(KILLS))
     train(noise_root, tmp_path)
     print(f"{kills} kills in {seconds:.1f} s")
@@ -113,7 +113,7 @@ DemoTextures(root=sys.argv[1]).prepare_data()
 
 def test_images_whose_building_was_killed_are_built_again(tmp_path: Path, data_root: Path) -> None:
     expected = contents(data_root)
-    moments = random.Random(0)
+    moments = np.random.default_rng(0)
     for number in range(4):
         root = tmp_path / f"{number}" / "root"
         root.parent.mkdir()
