@@ -87,12 +87,11 @@ def _overrides_type(kind: type) -> type:
 if TYPE_CHECKING:
     SettingsOverrides: TypeAlias = Any
 else:
+    _OVERRIDES = {name: _overrides_type(kind) for name, kind in GROUPS.items()}
+    globals().update({kind.__name__: kind for kind in _OVERRIDES.values()})  # where pickle looks for them
     SettingsOverrides = make_dataclass(
         "SettingsOverrides",
-        [
-            (name, kind, field(default_factory=kind))
-            for name, kind in ((name, _overrides_type(kind)) for name, kind in GROUPS.items())
-        ],
+        [(name, kind, field(default_factory=kind)) for name, kind in _OVERRIDES.items()],
         namespace={"__doc__": Settings.__doc__, "__module__": __name__},
         eq=False,
         repr=False,

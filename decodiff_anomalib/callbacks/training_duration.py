@@ -5,6 +5,7 @@ import time
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 LIGHTNING_DEFAULT_EPOCHS = 1000
 VALIDATIONS_PER_FIT = 3
@@ -28,12 +29,20 @@ class TrainingDuration(Callback):
         Before the callbacks' ``setup``, in which early stopping reads the interval of validations.
 
         Raises:
-            ValueError: If validation is switched off.
+            ValueError: If validation is switched off, or the strategy trains a copy in processes that it starts itself,
+                as ``ddp_spawn`` and, in notebooks, ``ddp_notebook`` do: this process would keep the model of before.
             RuntimeError: If the trainer has trained before; Lightning would end at once, without a word.
         """
         if trainer.fit_loop.epoch_progress.current.processed:
             msg = "This Engine has trained a model and would not train another one. Give each model its own Engine."
             raise RuntimeError(msg)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            msg = (
+                "The strategies 'ddp_spawn', 'ddp_fork' and 'ddp_notebook' train copies of the model and lose what is "
+                "fitted beside the weights. Give strategy='ddp' in a program or with `anomalib train`, or devices=1 in a "
+                "notebook."
+            )
+            raise ValueError(msg)  # noqa: TRY004 - a value that the user chose
         if trainer.limit_val_batches == 0:
             msg = "limit_val_batches=0 leaves no images to set thresholds on. Leave it out, or give 1 or more."
             raise ValueError(msg)
