@@ -39,8 +39,8 @@ class TrainingDuration(Callback):
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             msg = (
                 "The strategies 'ddp_spawn', 'ddp_fork' and 'ddp_notebook' train copies of the model and lose what is "
-                "fitted beside the weights. Give strategy='ddp' in a program or with `anomalib train`, or devices=1 in a "
-                "notebook."
+                "fitted beside the weights. Give strategy='ddp' in a program or with `anomalib train`, or devices=1 in "
+                "a notebook."
             )
             raise ValueError(msg)  # noqa: TRY004 - a value that the user chose
         if trainer.limit_val_batches == 0:
