@@ -8,6 +8,7 @@ from scipy import stats
 from torch import nn
 
 FEWEST_NORMALS = 4  # images that set a threshold: of two or three, the prediction limit is out of all reach
+FEWEST_FURTHER_NORMALS = 2 * FEWEST_NORMALS  # that a trained model can learn from: each half is scored by the other
 CONFIDENCE = 0.95
 CLEAN_QUANTILE = 0.25  # of a map: even large defects move it little
 SHIFT_RATE = 0.001  # of normal images that are taken for shifted

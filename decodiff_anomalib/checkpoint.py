@@ -36,7 +36,9 @@ logger = logging.getLogger(__name__)
 
 KEY = "decodiff"
 PROGRESS = "decodiff_progress"  # of a training that has not ended
-FROZEN = ("model.codec.", "model.features.", "model.feature_latents.", "model.memory_banks.", "model.exemplars.")
+FROZEN = tuple(
+    f"model.{part}" for part in ("codec.", "features.", "feature_latents.", "memory_banks.", "exemplars.", "ignored")
+)
 """Parts that training does not change."""
 
 CHOSEN_ANEW = {("maps", "levels"), ("correction", "num_steps")}
@@ -173,10 +175,9 @@ def replace_metrics(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]) -
 
 def share_frozen(checkpoint: Checkpoint) -> None:
     """Store frozen parts once: weight averaging keeps a second state, which then refers to the same tensors."""
-    unaveraged = checkpoint.get("current_model_state", {})
-    for name in unaveraged:
-        if name.startswith(FROZEN):
-            unaveraged[name] = checkpoint["state_dict"][name]
+    frozen = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(FROZEN)}
+    if "current_model_state" in checkpoint:
+        checkpoint["current_model_state"].update(frozen)
 
 
 # ---------------------------------------------------------------- the file

@@ -317,15 +317,22 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
                 self.model = self._build_model(self.model.codec, self.model).to(self.device)
 
     def _adopt_categories(self, names: tuple[str, ...]) -> None:
-        """Rebuild the model for the categories to train on, keeping the denoiser's weights for those it knows."""
+        """Rebuild the model for the categories to train on.
+
+        Of those it knows, it keeps the denoiser's weights and the regions to ignore.
+        """
         if not set(names) <= set(self.categories):
             from decodiff_anomalib.weights import transfer
 
             before = self.model
+            rows = {name: row for row, name in enumerate(self.categories)}
             self.categories = vocabulary(names, published_table=self.settings.training.published_table)
             self.model = self._build_model(before.codec, before).to(self.device)
             known = self.categories if self._source_categories else None
             transfer(before.denoiser, self.model.denoiser, self._source_categories, known)
+            for row, name in enumerate(self.categories):
+                if name in rows:
+                    self.model.ignore(row, before.ignored[rows[name]])
         self._fix_category()
 
     def _fix_category(self) -> None:

@@ -83,10 +83,13 @@ def load_checkpoint(file: Path) -> "DeCoDiff":
 
 def save_checkpoint(module: "DeCoDiff", source: Path, target: Path) -> None:
     """Write a model that was loaded from the checkpoint ``source``, with what else that holds, to ``target``."""
+    from decodiff_anomalib.checkpoint import share_frozen
+
     checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     components = module._checkpointable_components()  # noqa: SLF001 - of our own base class
     checkpoint |= {key: part.checkpoint_config() for key, part in components.items() if part is module.post_processor}
     checkpoint["state_dict"] |= module.state_dict()
+    share_frozen(checkpoint)  # so that a training that goes on from it does so with what was changed
     with atomic_write(target) as staged:
         torch.save(checkpoint, staged)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm import tqdm
 
 from decodiff_anomalib.calibration import FEWEST_NORMALS, normals_needed, prediction_limit
 from decodiff_anomalib.conditioning import UNKNOWN
@@ -114,7 +115,7 @@ def _set_on_images(opened: ModelFile, folder: Path, category: str | None) -> Non
         )
         raise ValueError(msg)
     scores, tails, found = [], [], []
-    for file in files:
+    for file in tqdm(files, desc="Scoring", unit="image", disable=None, leave=False):  # None: on terminals only
         outputs = opened.infer(read_image(file, opened.white_level)[None])
         scores.append(outputs["pred_score"].flatten())
         tails.append(post_processor.highest_pixels(outputs["anomaly_map"]))

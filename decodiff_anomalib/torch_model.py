@@ -87,6 +87,8 @@ class DeCoDiffModel(nn.Module):
 
     Attributes:
         fixed_category: Index used for all images, ``K`` for unknown; ``None`` infers it.
+        ignored: Regions to ignore ``(K + 1, H, W)``, true where images of a category are not inspected, see
+            :meth:`ignore`; last those of unknown images.
 
     Raises:
         ValueError: If the image size does not fit the codec and the denoiser.
@@ -106,6 +108,8 @@ class DeCoDiffModel(nn.Module):
         self.num_categories = num_categories
         self.fixed_category: int | None = None
         rows = num_categories + 1
+        self.ignored: torch.Tensor
+        self.register_buffer("ignored", torch.zeros(rows, *image_size, dtype=torch.bool))
 
         self.codec = build_codec(settings.latents.codec if codec is None else codec)
         divisor = self.codec.downsample_factor * SPATIAL_DIVISOR
@@ -181,6 +185,11 @@ class DeCoDiffModel(nn.Module):
             self.features.eval()
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args, **kwargs) -> None:
+        # Weights that were saved before regions could be ignored ignore none.
+        state_dict.setdefault(f"{prefix}ignored", torch.zeros_like(self.ignored))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     # ---------------------------------------------------------------- from image to map
 
     def forward(self, images: torch.Tensor, category: torch.Tensor | None = None) -> ModelOutput:
@@ -199,11 +208,12 @@ class DeCoDiffModel(nn.Module):
         pred_score = self.score(anomaly_map)
         category, ood_score = observed.category, observed.ood_score
         if self.exemplars is None:
-            return ModelOutput(pred_score, anomaly_map, category, ood_score, reconstruction, decoded)
+            correction = self._ignore(decoded, category, reconstruction)
+            return ModelOutput(pred_score, anomaly_map, category, ood_score, reconstruction, correction)
         # The difference of the two decoded images carries the correction without the loss of the codec.
         faded = images + (decoded - reconstruction)
         deviating = self.exemplars.deviating(self._cells(anomaly_map), category)
-        correction = self.exemplars(faded, deviating, category)
+        correction = self._ignore(self.exemplars(faded, deviating, category), category, images)
         return ModelOutput(pred_score, anomaly_map, category, ood_score, images, correction)
 
     def observe(self, images: torch.Tensor, category: torch.Tensor | None = None) -> Observation:
@@ -338,12 +348,31 @@ class DeCoDiffModel(nn.Module):
         return torch.stack([weights[name] * part for name, part in maps.items()]).sum(0) / sum(weights.values())
 
     def fuse(self, maps: dict[str, torch.Tensor], category: torch.Tensor) -> torch.Tensor:
-        """Anomaly map ``(B, 1, H, W)`` from the maps of the levels."""
+        """Anomaly map ``(B, 1, H, W)`` from the maps of the levels; 0 in the regions to ignore."""
         maps = self._without_shift(maps, category)
         if self.normal_range:
             maps = {level: self.normal_range(values, level, category) for level, values in maps.items()}
         weights = [self.settings.maps.levels[level] for level in maps]
-        return fuse(*maps.values(), weights=weights, mode=self.settings.maps.fusion)
+        fused = fuse(*maps.values(), weights=weights, mode=self.settings.maps.fusion)
+        return self._ignore(fused, category, torch.zeros_like(fused))
+
+    def _ignore(self, pictures: torch.Tensor, category: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
+        """Pictures ``(B, C, H, W)`` with those of ``instead`` in the regions to ignore."""
+        regions = self.ignored[category][:, None].to(pictures.dtype)
+        return torch.where(F.interpolate(regions, size=pictures.shape[-2:]) > 0, instead, pictures)
+
+    def ignore(self, category: int, regions: torch.Tensor) -> None:
+        """Ignore regions of the images of a category from now on, in place of those before.
+
+        The map is 0 there, so that they count for neither score nor mask, and the corrected image shows the image.
+        Where there is one category, they hold for unknown images, too.
+
+        Args:
+            category: Its index.
+            regions: ``(H, W)``, true where to ignore; of the working size.
+        """
+        rows = slice(None) if self.num_categories == 1 else category
+        self.ignored[rows] = regions
 
     def _without_shift(self, maps: dict[str, torch.Tensor], category: torch.Tensor) -> dict[str, torch.Tensor]:
         """Maps of the levels as :class:`CommonShift` leaves them; what the denoiser corrects has no shift."""

@@ -28,6 +28,7 @@ from anomalib.metrics import AUPR, AUPRO, AUROC, F1Max
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.tv_tensors import Mask
+from tqdm import tqdm
 
 from decodiff_anomalib.evaluation.aupro import paper_aupro
 from decodiff_anomalib.evaluation.metrics import METRICS, name_by_scope, ranking_metrics, tally
@@ -114,7 +115,7 @@ def compare_protocols(
     height, width = maps.shape[-2:]
     size = (height, width)
     rows = {}
-    for category in dict.fromkeys(categories):
+    for category in tqdm(dict.fromkeys(categories), desc="Metrics", unit="category", disable=None, leave=False):
         chosen = [index for index, name in enumerate(categories) if name == category]
         paths = [mask_paths[index] for index in chosen]
         category_maps, labels = maps[chosen].cpu(), torch.tensor([path is not None for path in paths])

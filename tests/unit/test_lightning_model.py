@@ -60,6 +60,14 @@ def test_new_categories_share_the_backbone(built: dict[str, int]) -> None:
     assert model.model.num_categories == 2
 
 
+def test_known_categories_keep_their_regions_to_ignore() -> None:
+    model = DeCoDiff(image_size=64)
+    model._adopt_categories(("felt",))
+    model.model.ignore(0, torch.ones(64, 64, dtype=torch.bool))
+    model._adopt_categories(("bolt", "felt"))
+    assert model.model.ignored.flatten(1).float().mean(1).tolist() == [0, 1, 0]  # those of unknown images stay none
+
+
 def test_a_checkpoint_is_loaded_into_one_model(built: dict[str, int], tmp_path: Path) -> None:
     model = DeCoDiff(image_size=64, settings={"maps": {"levels": {"latent": 1.0}}})
     model._adopt_categories(("bolt", "felt"))

@@ -374,3 +374,32 @@ def test_folded_model_gives_the_same_outputs_and_leaves_the_model_unchanged() ->
             torch.testing.assert_close(folded_output, output, atol=1e-4, rtol=1e-4)
         assert torch.equal(model(images).anomaly_map, before.anomaly_map)
     assert all(parameter.requires_grad for parameter in model.denoiser.parameters())
+
+
+def test_regions_are_ignored_in_the_images_of_their_category_alone(conditioned) -> None:
+    model, images, category = conditioned
+    regions = torch.zeros(64, 64, dtype=torch.bool)
+    regions[:, :32] = True
+    before = model(images, category)
+    model.ignore(1, regions)
+    try:
+        after = model(images, category)
+    finally:
+        model.ignore(1, torch.zeros_like(regions))
+    own = category == 1
+    assert (before.anomaly_map[own][..., :32] > 0).all()
+    assert (after.anomaly_map[own][..., :32] == 0).all()
+    assert torch.equal(after.correction[own][..., :32], images[own][..., :32])
+    assert torch.equal(after.anomaly_map[own][..., 32:], before.anomaly_map[own][..., 32:])
+    for found, expected in zip(after, before, strict=True):
+        assert torch.equal(found[~own], expected[~own])
+
+
+def test_weights_that_know_no_regions_ignore_none() -> None:
+    model = DeCoDiffModel(PLAIN, (64, 96))
+    model.ignore(0, torch.ones(64, 96, dtype=torch.bool))
+    assert model.ignored.all()  # of the only category, and of unknown images
+    state = model.state_dict()
+    del state["ignored"]
+    assert model.load_state_dict(state).missing_keys == []
+    assert not model.ignored.any()
