@@ -1,11 +1,13 @@
 """``decodiff demo``: a page in the browser that inspects images with a trained or exported model."""
 
+import hashlib
 import html
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +21,12 @@ from anomalib.data import ImageBatch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from decodiff_anomalib.atomic_write import atomic_write
+from decodiff_anomalib.calibration import FEWEST_FURTHER_NORMALS
 from decodiff_anomalib.conditioning import UNKNOWN
 from decodiff_anomalib.corruption import draw_defects
 from decodiff_anomalib.export.sample_images import drawn_images
+from decodiff_anomalib.folder_names import check_folder_name
 from decodiff_anomalib.image_io import SUFFIXES, image_files, read_image
 from decodiff_anomalib.model_file import ModelFile, open_model
 from decodiff_anomalib.scale import COLOURS, HIGHEST, LOWEST, TICKS, colour_bar
@@ -37,21 +42,30 @@ THUMBNAIL = (160, 160)
 MAX_EXAMPLES = 12
 KEPT = 3600
 """Seconds for which the server keeps what was uploaded."""
+LONGEST_STEM = 100  # of the name of a copy
 
 
-def demo(model: Path, examples: Path | None = None, host: str = "127.0.0.1", port: int = 7860) -> None:
+def demo(
+    model: Path,
+    examples: Path | None = None,
+    false_alarms: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+) -> None:
     """Open a page that inspects images: score, correction, map and mask, with a threshold to move.
 
     Args:
         model: Checkpoint (.ckpt), or exported file (.onnx, .xml), which shows a correction if it has that output.
         examples: Folder whose first images are offered as examples. By default, normal images that are kept with the
             checkpoint, and defects drawn on them; for exported files, drawn images.
+        false_alarms: Folder that images are copied to which are marked as false alarms on the page, for
+            `decodiff refine`; made where it is missing. Without it, none can be marked.
         host: Address to serve at. The default is this computer alone; 0.0.0.0 lets everyone in the network use it.
         port: Port to serve at.
 
     Raises:
-        SystemExit: With status 2, if the model or the examples cannot be opened, Gradio is not installed, or the port
-            is taken.
+        SystemExit: With status 2, if the model or the examples cannot be opened, the folder of false alarms cannot be
+            made, Gradio is not installed, or the port is taken.
     """
     with TemporaryDirectory(prefix="decodiff-demo-") as temporary:
         os.environ["GRADIO_TEMP_DIR"] = temporary  # of uploads, which Gradio would leave behind
@@ -59,7 +73,9 @@ def demo(model: Path, examples: Path | None = None, host: str = "127.0.0.1", por
             _require_gradio()
             opened = open_model(Path(model))
             files = write_examples(opened, Path(temporary)) if examples is None else _examples_of(Path(examples))
-            page = build_page(opened, files, Path(model))
+            if false_alarms is not None:
+                _prepare_false_alarms(Path(false_alarms), opened.post_processor.categories)
+            page = build_page(opened, files, Path(model), None if false_alarms is None else Path(false_alarms))
             serve(page, host, port)
         except (ImportError, OSError, ValueError) as error:
             print(f"decodiff demo: {error}", file=sys.stderr)
@@ -179,6 +195,93 @@ def inspect_all(opened: ModelFile, files: Sequence[Path]) -> tuple[list[Inspecti
     return found, problems
 
 
+# ---------------------------------------------------------------- false alarms
+
+
+def _prepare_false_alarms(folder: Path, categories: Sequence[str]) -> None:
+    """Make the folder of false alarms, and check that it can have a folder for each category.
+
+    Raises:
+        OSError: If it cannot be made.
+        ValueError: If a category cannot be the name of a folder.
+    """
+    for name in categories:
+        check_folder_name(name, "category")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"--false_alarms {folder} cannot be made: {error}. Give a folder that can be written to."
+        raise OSError(msg) from error
+
+
+def keep_false_alarm(inspection: Inspection, folder: Path, categories: Sequence[str]) -> Path:
+    """Copy an image to the folder of false alarms; returns the copy.
+
+    Its name has a hash of its content, so that images of the same name do not replace each other, and none is there
+    twice.
+
+    Args:
+        inspection: The image.
+        folder: Of the false alarms; where there are several categories, the image goes to a folder below it with the
+            name of the category that was inferred.
+        categories: Of the model.
+
+    Raises:
+        OSError: If the image is no longer there, or cannot be written.
+    """
+    content = inspection.file.read_bytes()
+    stem = inspection.file.stem.lstrip(".")[:LONGEST_STEM]  # a hidden file would be no image
+    name = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}{inspection.file.suffix}"
+    copy = (folder / inspection.batch.pred_category[0] if len(categories) > 1 else folder) / name
+    if not copy.exists():
+        with atomic_write(copy) as staged:
+            staged.write_bytes(content)
+    return copy
+
+
+def keep_false_alarms(
+    found: Sequence[Inspection], threshold: float, folder: Path, categories: Sequence[str], model: Path
+) -> str:
+    """Copy the images that are anomalous at a threshold to the folder of false alarms; returns what the page says."""
+    alarms = [one for one in found if one.is_anomalous(threshold)]
+    if not alarms:
+        return "<p>Nothing was marked: no anomalous image is chosen.</p>"
+    said = []
+    for one in alarms:
+        try:
+            keep_false_alarm(one, folder, categories)
+        except FileNotFoundError:  # noqa: PERF203 - each image has its own
+            said.append(f"{one.file.name} is no longer on the server. Drop it again.")
+        except OSError as error:
+            said.append(f"{one.file.name} cannot be copied: {error}")
+    problems = "".join(f"<p>Not marked: {html.escape(problem)}</p>" for problem in said)
+    return problems + refine_html(folder, categories, model)
+
+
+def refine_html(folder: Path, categories: Sequence[str], model: Path) -> str:
+    """How many false alarms each folder has, and how the model learns from them."""
+    lines = []
+    several = len(categories) > 1
+    for name in (*categories, UNKNOWN) if several else categories:
+        place = folder / name if several else folder
+        count = len(image_files(place))
+        if not count:
+            continue
+        words = ["decodiff", "refine", str(model) if model.suffix == ".ckpt" else "CHECKPOINT", "--normal", str(place)]
+        if several:
+            words += ["--category", "NAME" if name == UNKNOWN else name]
+        note = f" It takes {FEWEST_FURTHER_NORMALS} images or more." if count < FEWEST_FURTHER_NORMALS else ""
+        if name == UNKNOWN:
+            note += " NAME is the category that the images are of; move those of others to its folder."
+        if model.suffix != ".ckpt":
+            note += f" CHECKPOINT is what {model.name} was exported from."
+        lines.append(
+            f"<p>{count} in {html.escape(str(place))}; to learn from them: "
+            f"<code>{html.escape(shlex.join(words))}</code>{html.escape(note)}</p>"
+        )
+    return "".join(lines) + "<p>To take one back, delete its file.</p>"
+
+
 # ---------------------------------------------------------------- what is shown
 
 
@@ -232,13 +335,16 @@ label[data-testid="block-label"] { position: static; width: fit-content; } /* no
 """
 
 
-def build_page(opened: ModelFile, examples: Sequence[Path], model: Path) -> "gradio.Blocks":
+def build_page(
+    opened: ModelFile, examples: Sequence[Path], model: Path, false_alarms: Path | None = None
+) -> "gradio.Blocks":
     """The page, which needs no network.
 
     Args:
         opened: The model, with thresholds.
         examples: Images to begin with.
         model: Its file, to be named on the page.
+        false_alarms: Folder that marked images are copied to; ``None`` for a page without the buttons that mark them.
     """
     import gradio as gr
 
@@ -302,6 +408,11 @@ def build_page(opened: ModelFile, examples: Sequence[Path], model: Path) -> "gra
                     info=f"{default:g} is the model's own.",
                 )  # fmt: skip
                 command = gr.HTML(elem_id="command")
+                if false_alarms is not None:
+                    keep = partial(
+                        keep_false_alarms, folder=false_alarms, categories=opened.post_processor.categories, model=model
+                    )
+                    _add_marking(keep, inspections, selected, threshold)
             with gr.Column(scale=3, min_width=600):
                 verdict = gr.HTML("<p>Drop images, or choose an example.</p>", elem_id="verdict")
                 problems = gr.HTML(elem_id="problems")
@@ -324,6 +435,33 @@ def build_page(opened: ModelFile, examples: Sequence[Path], model: Path) -> "gra
         results.select(choose, [inspections, threshold], [selected, verdict, *shown], **quickly)
         threshold.change(words, [inspections, selected, threshold], said, trigger_mode="always_last", **quickly)
     return page
+
+
+def _add_marking(
+    keep: Callable[[list[Inspection], float], str],
+    inspections: "gradio.State",
+    selected: "gradio.State",
+    threshold: "gradio.Slider",
+) -> None:
+    """Buttons that mark images as false alarms, and what was said about them.
+
+    Args:
+        keep: Keeps the images of inspections that are anomalous at a threshold; returns what the page says.
+        inspections: Of all images shown.
+        selected: Place of the one that is looked at.
+        threshold: Of the score.
+    """
+    import gradio as gr
+
+    def keep_one(found: list[Inspection], chosen: int, threshold: float) -> str:
+        return keep(found[chosen : chosen + 1], threshold)
+
+    one = gr.Button("This image is a false alarm", elem_id="mark")
+    every = gr.Button("All anomalous images shown are false alarms", elem_id="mark-all")
+    marked = gr.HTML(elem_id="marked")
+    quickly = {"show_progress": "hidden", "api_visibility": "private"}
+    one.click(keep_one, [inspections, selected, threshold], marked, **quickly)
+    every.click(keep, [inspections, threshold], marked, **quickly)
 
 
 def serve(page: "gradio.Blocks", host: str, port: int) -> str:

@@ -52,13 +52,21 @@ def test_an_exported_file_predicts_and_corrects_as_the_checkpoint(
 
 
 @pytest.fixture(scope="module")
-def address(browser: Chrome, opened: ModelFile, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def false_alarms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("false-alarms")
+
+
+@pytest.fixture(scope="module")
+def address(
+    browser: Chrome, opened: ModelFile, false_alarms: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The page, served to this computer."""
     pytest.importorskip("gradio")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = build_page(opened, write_examples(opened, tmp_path_factory.mktemp("examples")), Path("model.ckpt"))
+    examples = write_examples(opened, tmp_path_factory.mktemp("examples"))
+    page = build_page(opened, examples, Path("model.ckpt"), false_alarms)
     yield serve(page, "127.0.0.1", port)
     page.close()
 
@@ -110,6 +118,15 @@ def test_several_images_can_be_looked_at_in_turn_and_unreadable_ones_are_named(
     second.click()
     wait_for(page, "verdict", "001.png")
     assert f"{inspect(opened, good).score:.2f}" in second.text
+
+
+def test_an_image_is_marked_as_a_false_alarm(page: Chrome, opened: ModelFile, defect: Path, false_alarms: Path) -> None:
+    upload(page, defect)
+    wait_for(page, "verdict", inspect(opened, defect).verdict(0.5)[0])
+    page.find_element(By.ID, "mark").click()
+    wait_for(page, "marked", f"1 in {false_alarms}; to learn from them: decodiff refine model.ckpt --normal")
+    (copy,) = false_alarms.iterdir()
+    assert copy.read_bytes() == defect.read_bytes()
 
 
 def test_an_example_is_inspected_with_a_click(page: Chrome) -> None:

@@ -9,7 +9,18 @@ import torch
 from PIL import Image
 
 from decodiff_anomalib import demo as module
-from decodiff_anomalib.demo import Inspection, command_html, demo, inspect, inspect_all, verdict_html, write_examples
+from decodiff_anomalib.demo import (
+    Inspection,
+    build_page,
+    command_html,
+    demo,
+    inspect,
+    inspect_all,
+    keep_false_alarms,
+    verdict_html,
+    write_examples,
+)
+from decodiff_anomalib.image_io import image_files
 from decodiff_anomalib.model_file import ModelFile, Outputs
 from decodiff_anomalib.post_processor import DeCoDiffPostProcessor
 
@@ -130,6 +141,65 @@ def test_examples_are_exemplars_with_and_without_defects(opened: ModelFile, tmp_
     assert len(grey) < 12
 
 
+# ---------------------------------------------------------------- false alarms
+
+
+def test_false_alarms_are_copied_once_to_the_folder_of_their_category(
+    opened: ModelFile, file: Path, tmp_path: Path
+) -> None:
+    """The copy outlives the upload, and images of the same name do not replace each other."""
+    other = tmp_path / "other" / file.name
+    other.parent.mkdir()
+    Image.new("RGB", (SIDE, SIDE), "#ff0000").save(other)
+    kept, categories = tmp_path / "kept", opened.post_processor.categories
+    found, contents = [inspect(opened, file), inspect(opened, other)], {file.read_bytes(), other.read_bytes()}
+    for _ in range(2):
+        said = keep_false_alarms(found, 0.5, kept, categories, Path("model.ckpt"))
+    file.unlink()
+    copies = image_files(kept / "felt")
+    assert {copy.read_bytes() for copy in copies} == contents
+    assert len(copies) == len(image_files(kept)) == 2
+    command = f"decodiff refine model.ckpt --normal {kept / 'felt'} --category felt"
+    assert f"2 in {kept / 'felt'}; to learn from them: <code>{command}</code> It takes 8 images or more." in said
+    assert "part.png is no longer on the server" in keep_false_alarms(found, 0.5, kept, categories, Path("model.ckpt"))
+
+
+def test_images_that_are_not_anomalous_are_no_false_alarms(opened: ModelFile, file: Path, tmp_path: Path) -> None:
+    said = keep_false_alarms(
+        [inspect(opened, file)], 0.8, tmp_path / "kept", opened.post_processor.categories, Path("model.ckpt")
+    )
+    assert "Nothing was marked" in said
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_command_for_false_alarms_of_one_category_names_none(opened: ModelFile, file: Path, tmp_path: Path) -> None:
+    said = keep_false_alarms([inspect(opened, file)], 0.5, tmp_path / "my kept", ("part",), Path("model.onnx"))
+    assert f"decodiff refine CHECKPOINT --normal &#x27;{tmp_path}/my kept&#x27;</code>" in said
+    assert "CHECKPOINT is what model.onnx was exported from" in said
+    assert len(list((tmp_path / "my kept").glob("*.png"))) == 1
+
+
+def test_images_of_no_category_wait_for_one(
+    opened: ModelFile, file: Path, answer: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    answer |= {"category_index": torch.tensor([2]), "ood_score": torch.tensor([1.5])}
+    categories = opened.post_processor.categories
+    said = keep_false_alarms([inspect(opened, file)], 0.99, tmp_path / "kept", categories, Path("model.ckpt"))
+    assert f"--normal {tmp_path / 'kept' / 'unknown'} --category NAME</code>" in said
+    assert "NAME is the category that the images are of" in said
+
+
+def test_only_with_a_folder_can_false_alarms_be_marked(opened: ModelFile, file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    for folder, expected in {None: set(), tmp_path: {"mark", "mark-all"}}.items():
+        page = build_page(opened, [file], Path("model.ckpt"), folder)
+        assert {block.elem_id for block in page.blocks.values() if block.get_block_name() == "button"} == expected
+    (mark,) = (event.fn for event in page.fns.values() if event.name == "keep_one")
+    before, found = image_files(tmp_path), [inspect(opened, file), inspect(opened, file)]
+    assert f"decodiff refine model.ckpt --normal {tmp_path / 'felt'}" in mark(found, 1, 0.5)
+    assert len(image_files(tmp_path)) == len(before) + 1
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -158,6 +228,15 @@ def test_a_model_that_does_not_exist_is_named(tmp_path: Path, capsys: pytest.Cap
 def test_a_folder_without_examples_is_named(opens: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gradio")
     assert f"--examples {tmp_path} has no images. Give" in message(capsys, tmp_path / "model.ckpt", tmp_path)
+
+
+def test_a_folder_of_false_alarms_that_cannot_be_made_is_named(
+    opens: None, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio")
+    with pytest.raises(SystemExit):
+        demo(Path("model.ckpt"), file.parent, false_alarms=file)
+    assert f"--false_alarms {file} cannot be made" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
