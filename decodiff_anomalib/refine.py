@@ -202,7 +202,8 @@ def _read_regions(module: DeCoDiff, file: Path) -> torch.Tensor:
 
 def _with_progress(images: torch.Tensor, doing: str) -> Iterable[torch.Tensor]:
     """Each image as ``(1, 3, H, W)``; on a terminal, a line says how many are left and how long that takes."""
-    return tqdm(images[:, None], desc=doing, unit="image", disable=None, leave=False)
+    disabled = None if len(images) else True  # None disables it where there is no terminal
+    return tqdm(images[:, None], desc=doing, unit=" images", disable=disabled, leave=False)
 
 
 @torch.inference_mode()

@@ -115,7 +115,7 @@ def _set_on_images(opened: ModelFile, folder: Path, category: str | None) -> Non
         )
         raise ValueError(msg)
     scores, tails, found = [], [], []
-    for file in tqdm(files, desc="Scoring", unit="image", disable=None, leave=False):  # None: on terminals only
+    for file in tqdm(files, desc="Scoring", unit=" images", disable=None, leave=False):  # None: on terminals only
         outputs = opened.infer(read_image(file, opened.white_level)[None])
         scores.append(outputs["pred_score"].flatten())
         tails.append(post_processor.highest_pixels(outputs["anomaly_map"]))

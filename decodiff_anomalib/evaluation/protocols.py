@@ -115,7 +115,7 @@ def compare_protocols(
     height, width = maps.shape[-2:]
     size = (height, width)
     rows = {}
-    for category in tqdm(dict.fromkeys(categories), desc="Metrics", unit="category", disable=None, leave=False):
+    for category in tqdm(dict.fromkeys(categories), desc="Metrics", unit=" categories", disable=None, leave=False):
         chosen = [index for index, name in enumerate(categories) if name == category]
         paths = [mask_paths[index] for index in chosen]
         category_maps, labels = maps[chosen].cpu(), torch.tensor([path is not None for path in paths])
