@@ -1,5 +1,6 @@
 """Writing files so that a crash, a full disk or a second process never leaves half of one."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path: The file to write; missing folders are made.
 
     Raises:
-        OSError: If the folder cannot be written to or the disk is full; ``path`` is then what it was.
+        OSError: If the folder cannot be written to or the disk is full; names ``path``, which is then what it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{os.getpid()}-{path.name}")
@@ -26,5 +27,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with staged.open("rb") as written:
             os.fsync(written.fileno())
         staged.replace(path)
+    except OSError as error:
+        if error.filename is None:  # as where the disk is full
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        raise
     finally:
         staged.unlink(missing_ok=True)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Append to a file in one write, after which a crash loses nothing and other processes can append theirs.
+
+    Raises:
+        OSError: If it cannot be written to or the disk is full; the file is then what it was, unless another process
+            has appended to it meanwhile.
+    """
+    with path.open("ab", buffering=0) as file:
+        before, rest = file.seek(0, os.SEEK_END), content
+        try:
+            while rest:  # a disk that becomes full takes a part, and refuses the rest
+                rest = rest[file.write(rest) :]
+        except OSError as error:
+            if file.seek(0, os.SEEK_END) == before + len(content) - len(rest):
+                file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from error

@@ -126,6 +126,8 @@ def inspect_image(path: str | Path) -> tuple[bool, Depth | None]:
     """
     path = Path(path)
     with _opened(path) as image:
+        if image.format == "JPEG":
+            _check_jpeg(path, image.width * image.height)
         may_be_turned = _check_png(path) if image.format == "PNG" else True
         is_turned = may_be_turned and _orientation(image) in TURNS
         if image.format == "JPEG" and "progressive" not in image.info:  # which is held in memory whole
@@ -190,8 +192,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(msg) from error
     except Image.DecompressionBombError as error:
         msg = (
-            f"{path}: {error}. Reduce the image or cut it up; PIL.Image.MAX_IMAGE_PIXELS, which is half of that limit, "
-            "can be raised in Python"
+            f"{path}: {str(error).rstrip('.')}. Reduce the image or cut it up; PIL.Image.MAX_IMAGE_PIXELS, which is "
+            "half of that limit, can be raised in Python"
         )
         raise ValueError(msg) from error
     except Exception as error:  # decoders raise anything from SyntaxError to RuntimeError
@@ -275,6 +277,21 @@ def _lower_bytes(path: Path, raw_mode: str) -> NDArray[np.uint8]:
             tiles.append(make((*tile[:3], arguments)))
         image.tile = tiles
         return np.asarray(_upright(image))[..., :3]
+
+
+# ---------------------------------------------------------------- JPEG
+
+
+def _check_jpeg(path: Path, pixels: int) -> None:
+    """Check that a JPEG is not much too short: libjpeg makes up what is missing, up to gigabytes.
+
+    Raises:
+        ValueError: If it has less than a bit for each block of 8 × 8 pixels, which have a code each.
+    """
+    size = path.stat().st_size
+    if 8 * size < pixels // 64:
+        msg = f"lacks rows: {size} bytes cannot hold {pixels} pixels"
+        raise ValueError(msg)
 
 
 # ---------------------------------------------------------------- PNG

@@ -32,10 +32,10 @@ def views(batch: ImageBatch, index: int, size: tuple[int, int], white_level: flo
         found[CORRECTION] = to_pil_image(torch.from_numpy(correction).clamp(0, 1))
     values = _values(batch, "anomaly_map", index)
     if values is not None:
-        found[MAP] = paint(values.squeeze(), highest_raw(batch, index))
+        found[MAP] = paint(_plane(values), highest_raw(batch, index))
     mask = _values(batch, "gt_mask", index)
     if mask is not None:
-        found[MASK] = Image.fromarray(mask.squeeze() > 0).convert("L")
+        found[MASK] = Image.fromarray(_plane(mask) > 0).convert("L")
     return {
         name: view.resize(shown, Image.Resampling.NEAREST if name == MASK else Image.Resampling.LANCZOS).convert("RGB")
         for name, view in found.items()
@@ -58,6 +58,11 @@ def highest_raw(batch: ImageBatch, index: int) -> float | None:
 def _values(batch: ImageBatch, name: str, index: int) -> np.ndarray[Any, Any] | None:
     values = getattr(batch, name, None)
     return None if values is None else values[index].float().cpu().numpy()
+
+
+def _plane(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A map ``(H, W)`` of ``(1, H, W)`` or ``(H, W)``; both sides may be 1."""
+    return values.reshape(values.shape[-2:])
 
 
 def _image(batch: ImageBatch, index: int, white_level: float | None) -> Image.Image:

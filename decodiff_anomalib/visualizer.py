@@ -170,7 +170,8 @@ def _panels(batch: ImageBatch, index: int, shown: dict[str, Image.Image]) -> lis
         panels.append(Panel("Anomaly map", shown[MAP], bar=(colour_bar(size, highest), ticks)))
     outlined, keys = shown[IMAGE], []
     if batch.pred_mask is not None:
-        found = Image.fromarray(batch.pred_mask[index].squeeze().cpu().numpy() > 0).convert("L")
+        height, width = batch.pred_mask.shape[-2:]
+        found = Image.fromarray(batch.pred_mask[index].reshape(height, width).cpu().numpy() > 0).convert("L")
         outlined = outline(outlined, found.resize(outlined.size, Image.Resampling.NEAREST), PREDICTED)
         keys.append(("found", PREDICTED))
     if MASK in shown:

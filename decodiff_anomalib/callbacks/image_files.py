@@ -9,7 +9,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset
 
-from decodiff_anomalib.data.images import image_owners, inspect_images, reread, settle_white_level, sort_out, too_bright
+from decodiff_anomalib.data.images import (
+    image_owners,
+    inspect_images,
+    mask_paths,
+    reread,
+    settle_white_level,
+    sort_out,
+    too_bright,
+)
 from decodiff_anomalib.data.run_images import datasets_of
 
 if TYPE_CHECKING:
@@ -19,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageFiles(Callback):
-    """Checks every image file, settles the model's white level, and rereads images.
+    """Checks every image file and mask, settles the model's white level, and rereads images.
 
     A training from the start chooses ``white_level`` of the model from the images that it reads, held-out ones
     included, unless one was stated. Later images must not be above it. A model that has none, because it was trained on
@@ -72,6 +80,7 @@ class ImageFiles(Callback):
         owners = {path: owner for dataset in datasets for path, owner in image_owners(dataset).items()}
         found = {path: depth for path, depth in self._found.items() if path in owners}
         found |= inspect_images(path for path in owners if path not in self._trusted)
+        inspect_images({path for dataset in datasets for path in mask_paths(dataset)})
         self._trusted, self._found = set(), {}
         self._owners |= {path: owners[path] for path in found}
         before, pl_module.white_level = pl_module.white_level, settle_white_level(found, pl_module.white_level)

@@ -14,9 +14,10 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from decodiff_anomalib.atomic_write import atomic_write
+from decodiff_anomalib.atomic_write import append, atomic_write
 from decodiff_anomalib.callbacks.image_files import ImageFiles
-from decodiff_anomalib.data.run_images import ImageNumbers, leave_out, restore, shortenable
+from decodiff_anomalib.data.run_images import ImageNumbers, leave_out, put_back, restore, shortenable
+from decodiff_anomalib.image_io import WHITE_LEVELS
 
 if TYPE_CHECKING:
     from anomalib.data.predict import PredictDataset
@@ -62,6 +63,7 @@ class PredictionTable(Callback):
         self._image_files = image_files
         self._file: Path | None = None
         self._shortened: list[PredictDataset] = []
+        self._too_bright: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin the file, and leave images out before loaders tell their length and worker processes start.
@@ -84,13 +86,26 @@ class PredictionTable(Callback):
         self._leave_out_listed()
         if self.unreadable == SKIP:
             paths = (str(path) for dataset in self._shortened for path in dataset.image_filenames)
-            self._leave_out(self._image_files.sort_out(paths))
+            reasons = self._image_files.sort_out(paths)
+            self._leave_out(reasons)
+            self._list(reasons)
             self.leave_out_too_bright(getattr(pl_module, "white_level", None))
 
     def leave_out_too_bright(self, white_level: float | None) -> None:
-        """Leave out images that are above a white level, which a checkpoint may bring after :meth:`setup`."""
+        """Leave out images above a white level, without one above all that can be chosen.
+
+        A checkpoint may bring another level after :meth:`setup`: these images are listed when the prediction starts.
+        """
         if self.unreadable == SKIP:
-            self._leave_out(self._image_files.too_bright(white_level))
+            for dataset in self._shortened:
+                put_back(dataset, self._too_bright)
+            self._too_bright = self._image_files.too_bright(WHITE_LEVELS[-1] if white_level is None else white_level)
+            self._leave_out(self._too_bright)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """List the images that are too bright."""
+        del trainer, pl_module
+        self._list_too_bright()
 
     def on_predict_batch_end(
         self,
@@ -110,6 +125,7 @@ class PredictionTable(Callback):
         """Give datasets back as they came."""
         del pl_module
         if stage == TrainerFn.PREDICTING:
+            self._list_too_bright()  # where no image is left, no prediction has started
             self._restore()
             if trainer.is_global_zero and self._file is not None:
                 logger.info("Predictions: %s", self._file)
@@ -133,12 +149,18 @@ class PredictionTable(Callback):
                 logger.info("%s lists %d of %d images, which are left out.", self.path, len(known), len(before))
 
     def _leave_out(self, reasons: dict[str, str]) -> None:
-        """Leave out the files with these paths, each listed with its reason."""
-        if not reasons:
-            return
-        for dataset in self._shortened:
-            leave_out(dataset, reasons)
-        if self._is_first:
+        """Leave out the files with these paths."""
+        if reasons:
+            for dataset in self._shortened:
+                leave_out(dataset, reasons)
+
+    def _list_too_bright(self) -> None:
+        self._list(self._too_bright)
+        self._too_bright = {}
+
+    def _list(self, reasons: dict[str, str]) -> None:
+        """Write a row with the reason for each file that was left out."""
+        if reasons and self._is_first:
             empty = [""] * (len(COLUMNS) - 2)
             self._append([path, *empty, reason.removeprefix(f"{path}: ")] for path, reason in reasons.items())
             logger.warning(
@@ -151,7 +173,7 @@ class PredictionTable(Callback):
     def _restore(self) -> None:
         for dataset in self._shortened:
             restore(dataset)
-        self._shortened = []
+        self._shortened, self._too_bright = [], {}
 
     # ---------------------------------------------------------------- the file
 
@@ -170,8 +192,7 @@ class PredictionTable(Callback):
     def _append(self, rows: Iterable[Sequence[object]]) -> None:
         with self._tolerated():
             if self._file is not None:
-                with self._file.open("ab", buffering=0) as file:  # one write, after which a crash loses nothing
-                    file.write(_encode(rows))
+                append(self._file, _encode(rows))
 
     @contextmanager
     def _tolerated(self) -> Iterator[None]:

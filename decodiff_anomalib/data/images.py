@@ -121,6 +121,16 @@ def image_paths(dataset: Dataset) -> list[str]:
     return [str(path) for path in getattr(dataset, "image_filenames", ())]
 
 
+def mask_paths(dataset: Dataset) -> list[str]:
+    """Paths of the masks of one of Anomalib's datasets, or of that which a part or a chain is of."""
+    if isinstance(dataset, Subset):
+        return mask_paths(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return [path for part in dataset.datasets for path in mask_paths(part)]
+    paths = getattr(getattr(dataset, "samples", None), "mask_path", ())
+    return [str(path) for path in paths if path and isinstance(path, str | Path) and Path(path).is_file()]
+
+
 def image_owners(dataset: Dataset) -> dict[str, Dataset]:
     """Path of each image to the dataset whose transform it goes through: of several categories, the one it is from."""
     paths = image_paths(dataset)

@@ -82,9 +82,16 @@ def read_layout(folder: Path) -> pd.DataFrame:
         the defect), ``label_index`` and ``mask_path`` (empty if there is none).
 
     Raises:
-        ValueError: If there are no training images, or masks for only some of the defective images.
+        ValueError: If there are no training images, links that lead to no file, or masks for only some of the defective
+            images.
     """
     paths = [path for path in sorted(folder.glob("*/*/*")) if _is_place(*path.parts[-3:-1]) and is_image_file(path)]
+    if broken := [path for path in paths if not path.exists()]:
+        msg = (
+            f"Category {folder.name!r} has {len(broken)} links that lead to no file, such as '{broken[0]}'. Repair or "
+            "remove them."
+        )
+        raise ValueError(msg)
     masks = {
         (path.parent.name, path.stem.removesuffix("_mask")): str(path)
         for path in paths

@@ -86,6 +86,13 @@ def leave_out(dataset: PredictDataset, paths: Collection[str]) -> None:
     dataset.image_filenames = [path for path in dataset.image_filenames if str(path) not in paths]
 
 
+def put_back(dataset: PredictDataset, paths: Collection[str]) -> None:
+    """Put images back that :func:`leave_out` left out, in their places."""
+    kept = {*map(str, dataset.image_filenames), *paths}
+    everything = vars(dataset).get(_ALL, dataset.image_filenames)
+    dataset.image_filenames = [path for path in everything if str(path) in kept]
+
+
 def restore(dataset: PredictDataset) -> None:
     """Undo :func:`leave_out`."""
     dataset.image_filenames = vars(dataset).pop(_ALL, dataset.image_filenames)

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image as Picture
 
-from decodiff_anomalib.atomic_write import atomic_write
+from decodiff_anomalib.atomic_write import append, atomic_write
 
 FOLDER, PAGE = "report", "report.html"
 RUN, IMAGES, THUMBNAILS = "run.json", "images.jsonl", "thumbnails"
@@ -103,10 +103,9 @@ class ReportFolder:
             staged.write_text(json.dumps(asdict(run), indent=2))
 
     def append(self, images: Iterable[Image]) -> None:
-        """Append images in one write, after which a crash loses nothing and other processes can append theirs."""
+        """Append images; other processes can append theirs."""
         lines = "".join(f"{json.dumps(asdict(image))}\n" for image in images)
-        with (self.path / IMAGES).open("ab", buffering=0) as file:
-            file.write(lines.encode())
+        append(self.path / IMAGES, lines.encode())
 
     def write_thumbnail(self, number: int, views: Iterable[Picture.Image]) -> None:
         """Write the views of an image, all of the same size, side by side."""
