@@ -90,6 +90,12 @@ def wait_for(page: Chrome, place: str, text: str) -> None:
     wait(page).until(lambda shown: text in shown.find_element(By.ID, place).text)
 
 
+def move_threshold(page: Chrome, value: str) -> None:
+    number = page.find_element(By.CSS_SELECTOR, "#threshold input[type=number]")
+    number.send_keys(Keys.CONTROL, "a")
+    number.send_keys(value, Keys.ENTER)
+
+
 def test_an_uploaded_image_is_scored_and_the_slider_moves_the_verdict(
     page: Chrome, opened: ModelFile, defect: Path
 ) -> None:
@@ -98,9 +104,7 @@ def test_an_uploaded_image_is_scored_and_the_slider_moves_the_verdict(
     wait_for(page, "verdict", said)
     assert facts in page.find_element(By.ID, "verdict").text
     assert len(page.find_elements(By.CSS_SELECTOR, "#views img")) == 4
-    number = page.find_element(By.CSS_SELECTOR, "#threshold input[type=number]")
-    number.send_keys(Keys.CONTROL, "a")
-    number.send_keys("0.99", Keys.ENTER)
+    move_threshold(page, "0.99")
     wait_for(page, "verdict", "Normal")
     wait_for(page, "command", "decodiff threshold model.ckpt --score 0.99")
 
@@ -123,6 +127,8 @@ def test_several_images_can_be_looked_at_in_turn_and_unreadable_ones_are_named(
 def test_an_image_is_marked_as_a_false_alarm(page: Chrome, opened: ModelFile, defect: Path, false_alarms: Path) -> None:
     upload(page, defect)
     wait_for(page, "verdict", inspect(opened, defect).verdict(0.5)[0])
+    move_threshold(page, "0.01")
+    wait_for(page, "verdict", "Anomalous")
     page.find_element(By.ID, "mark").click()
     wait_for(page, "marked", f"1 in {false_alarms}; to learn from them: decodiff refine model.ckpt --normal")
     (copy,) = false_alarms.iterdir()
