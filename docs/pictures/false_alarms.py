@@ -6,6 +6,7 @@ The columns of the table are those that ``tests/benchmarks/test_thresholds.py`` 
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -25,7 +26,8 @@ def draw(table: pd.DataFrame) -> Figure:
             rates = rows.groupby("asked")[column].agg(["mean", "min", "max"])
             axes.plot(rates.index, rates["mean"], "o-", color=colour, label=category)
             axes.fill_between(rates.index, rates["min"], rates["max"], color=colour, alpha=0.15, linewidth=0)
-        axes.plot([0.005, 0.1], [0.005, 0.1], "k:", label="as asked")
+        asked = np.geomspace(0.005, 0.1)
+        axes.plot(asked, asked, "k:", label="as asked")
         axes.set(title=title, xscale="log", xlabel="false-alarm rate asked for", ylim=(-0.02, 1))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
