@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from anomalib import LearningType
@@ -407,12 +407,17 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
     def on_train_start(self) -> None:
         """Fit latents, categories and memory banks to the training images; a resumed model has them."""
         if self.trainer.ckpt_path is None:
-            self.model.fit(*self._normal_images(self.trainer.train_dataloader), self._generator)
+            self.model.fit(*self._normal_images("train"), self._generator)
             self._broadcast_buffers()
 
-    def _normal_images(self, loader: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _normal_images(self, subset: Literal["train", "val"]) -> tuple[torch.Tensor, torch.Tensor]:
         """Some normal images of each category, ``(N, 3, H, W)`` in [-1, 1], and their category index ``(N,)``."""
-        num_categories = len(category_names(self.trainer.datamodule))
+        datamodule = self.trainer.datamodule
+        if self.trainer.world_size > 1 and datamodule is not None:
+            loader = getattr(datamodule, f"{subset}_dataloader")()  # of all images, not of this process's share
+        else:
+            loader = self.trainer.train_dataloader if subset == "train" else self.trainer.val_dataloaders
+        num_categories = len(category_names(datamodule))
         images, category = collect_normal_images(self._pre_processed(loader), self._named_category, num_categories)
         return images.to(self.device), category.to(self.device)
 
@@ -425,7 +430,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
             yield batch
 
     def _broadcast_buffers(self) -> None:
-        """Give every process the buffers of the first: each saw its own share of the images."""
+        """Give every process the buffers of the first; of loaders that are no datamodule's, each saw a share."""
         for buffer in self.model.buffers():
             buffer.copy_(self.trainer.strategy.broadcast(buffer))
 
@@ -458,7 +463,7 @@ class DeCoDiff(ExportMixin, CheckpointMixin, AnomalibModule):
     def on_validation_epoch_start(self) -> None:
         """Measure normal ranges on the images that thresholds will be set on, whose unit they are."""
         if not self.trainer.sanity_checking:
-            images, category = self._normal_images(self.trainer.val_dataloaders)
+            images, category = self._normal_images("val")
             if len(images):
                 self.model.calibrate(images, category)
             self._broadcast_buffers()  # every process takes part, with images or without
