@@ -36,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments and arguments[0] in VERBS:
         verb, *rest = arguments
         module, _, function = VERBS[verb].partition(":")
-        auto_cli(getattr(import_module(module), function), args=rest, prog=f"decodiff {verb}")
+        try:
+            auto_cli(getattr(import_module(module), function), args=rest, prog=f"decodiff {verb}")
+        except UnicodeDecodeError as error:
+            print(f"decodiff {verb}: a file that was given is no text in UTF-8: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
         return
 
     parser = ArgumentParser(

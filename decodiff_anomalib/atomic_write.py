@@ -23,16 +23,34 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        yield staged
-        with staged.open("rb") as written:
-            os.fsync(written.fileno())
-        staged.replace(path)
-    except OSError as error:
-        if error.filename is None:  # as where the disk is full
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
-        raise
+        with naming(path):
+            yield staged
+            with staged.open("rb") as written:
+                os.fsync(written.fileno())
+            staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, *others: type[Exception]) -> Iterator[None]:
+    """Name the file in errors of writing that do not, as where the disk is full.
+
+    Args:
+        path: The file.
+        others: What its writer raises in place of ``OSError``.
+
+    Raises:
+        OSError: In place of these errors, with the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+    except others as error:
+        raise OSError(errno.EIO, f"cannot be written; is the disk full? {error}", str(path)) from error
 
 
 def append(path: Path, content: bytes) -> None:

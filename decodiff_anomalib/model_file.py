@@ -1,17 +1,17 @@
 """Trained and exported models, opened from their files to one interface: raw outputs, thresholds, and saving these."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torchvision.transforms.v2.functional import resize
 
-from decodiff_anomalib.atomic_write import atomic_write
+from decodiff_anomalib.atomic_write import atomic_write, naming
 
 if TYPE_CHECKING:
     from decodiff_anomalib import DeCoDiff
@@ -61,7 +61,7 @@ def open_model(file: Path) -> ModelFile:
         msg = f"{file.name} is no checkpoint (.ckpt), ONNX (.onnx) or OpenVINO file (.xml). Export it again instead."
         raise ValueError(msg)
     if not opened.post_processor.has_thresholds:
-        msg = "The model has no thresholds, since it was not validated on normal images. Train it to the end."
+        msg = f"{file}: The model has no thresholds, since it was not validated on normal images. Train it to the end."
         raise ValueError(msg)
     return opened
 
@@ -74,10 +74,25 @@ def load_checkpoint(file: Path) -> "DeCoDiff":
     """
     from decodiff_anomalib import DeCoDiff
 
-    try:
+    with _loading(file, "train again"):
         return DeCoDiff.load_from_checkpoint(file, map_location="cpu", visualizer=False).eval()
-    except (EOFError, KeyError, RuntimeError, UnpicklingError) as error:
-        msg = f"{file} cannot be loaded: {error} It is damaged or of another version; train again."
+
+
+@contextmanager
+def _loading(file: Path, remedy: str) -> Iterator[None]:
+    """Load from a file; what is wrong with it becomes an error that names it.
+
+    Raises:
+        ValueError: Instead of any other error but that it cannot be opened, or a package is missing.
+    """
+    try:
+        yield
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # a damaged file can raise any exception
+        if isinstance(error, ValueError) and file.name in str(error):
+            raise
+        msg = f"{file} cannot be loaded: {error} It is damaged or of another version; {remedy}."
         raise ValueError(msg) from error
 
 
@@ -90,7 +105,7 @@ def save_checkpoint(module: "DeCoDiff", source: Path, target: Path) -> None:
     checkpoint |= {key: part.checkpoint_config() for key, part in components.items() if part is module.post_processor}
     checkpoint["state_dict"] |= module.state_dict()
     share_frozen(checkpoint)  # so that a training that goes on from it does so with what was changed
-    with atomic_write(target) as staged:
+    with atomic_write(target) as staged, naming(target, RuntimeError):  # PyTorch turns a full disk into one
         torch.save(checkpoint, staged)
 
 
@@ -98,7 +113,9 @@ def _open_checkpoint(file: Path) -> ModelFile:
     from decodiff_anomalib.export import Pipeline, prediction_pipeline
 
     module = load_checkpoint(file)
-    raw = Pipeline(prediction_pipeline(module).pre_processor, module.model, None)
+    with _loading(file, "train again"):
+        input_size = module.input_size  # which its transform tells, if it works
+        raw = Pipeline(prediction_pipeline(module).pre_processor, module.model, None)
 
     def infer(image: torch.Tensor) -> Outputs:
         with torch.inference_mode():
@@ -107,7 +124,7 @@ def _open_checkpoint(file: Path) -> ModelFile:
     def save(target: Path) -> None:
         save_checkpoint(module, file, target)
 
-    exemplars = torch.zeros(0, 3, *module.input_size)
+    exemplars = torch.zeros(0, 3, *input_size)
     if module.model.exemplars is not None:
         exemplars = module.model.exemplars.images[:-1].flatten(0, 1) / 255
     return ModelFile(module.post_processor, module.white_level, infer, save, exemplars)
@@ -129,11 +146,12 @@ def _open_exported(file: Path) -> ModelFile:
     if missing:
         msg = f'{file.name} needs {", ".join(missing)}: pip install "decodiff_anomalib[openvino]"'
         raise ModuleNotFoundError(msg, name=missing[0])
-    record = read_record(file)
-    white_level = record["white_level"]
-    post_processor = restore_post_processor(record)
-    before = restore_post_processor(record)
-    run = _run_onnx(file) if file.suffix == ".onnx" else _run_openvino(file)
+    with _loading(file, "export it again"):
+        record = read_record(file)
+        white_level = record["white_level"]
+        post_processor = restore_post_processor(record)
+        before = restore_post_processor(record)
+        run = _run_onnx(file) if file.suffix == ".onnx" else _run_openvino(file)
 
     def infer(image: torch.Tensor) -> Outputs:
         outputs = run(image)
@@ -152,8 +170,12 @@ def _open_exported(file: Path) -> ModelFile:
             if file.suffix == ".onnx":
                 write_onnx_tables(file, staged, tables)
             else:
-                write_openvino_tables(file, staged.with_suffix(".xml"), tables)
-                staged.with_suffix(".bin").replace(target.with_suffix(".bin"))
+                try:
+                    with naming(target, RuntimeError):  # OpenVINO turns a full disk into one
+                        write_openvino_tables(file, staged, tables)
+                    staged.with_suffix(".bin").replace(target.with_suffix(".bin"))
+                finally:
+                    staged.with_suffix(".bin").unlink(missing_ok=True)
         write_record(target.parent / RECORD, target.name, make_record(post_processor, white_level))
 
     return ModelFile(post_processor, white_level, infer, save, torch.zeros(0, 3, 1, 1))

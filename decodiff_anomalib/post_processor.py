@@ -115,10 +115,27 @@ class DeCoDiffPostProcessor(PostProcessor):
         return (*super()._checkpoint_config_keys, *rates, "categories", "normal_scores", "normal_pixel_rates")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore the configuration; the thresholds that follow are of its categories."""
-        self.categories = tuple(config.get("categories", ()))
+        """Restore the configuration; the thresholds that follow are of its categories.
+
+        Raises:
+            TypeError: If it has values of another kind, or
+            ValueError: of other numbers, as a damaged file may have.
+        """
+        self.categories = tuple(map(str, config.get("categories", ())))
         self._allocate_thresholds()
-        super().load_checkpoint_config(config)
+        numbers: dict[str, Any] = {
+            name: float(config[name]) for name in ("false_alarm_rate", "pixel_false_alarm_rate") if name in config
+        }
+        lists: dict[str, Any] = {
+            name: [[float(value) for value in values] for values in config[name]]
+            for name in ("normal_scores", "normal_pixel_rates")
+            if name in config
+        }
+        for name, rows in lists.items():
+            if len(rows) != len(self.categories):
+                msg = f"{name} are of {len(rows)} categories, not of {len(self.categories)}."
+                raise ValueError(msg)
+        super().load_checkpoint_config({**config, **numbers, **lists, "categories": self.categories})
 
     # ---------------------------------------------------------------- thresholds
 

@@ -10,19 +10,19 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
 from decodiff_anomalib.benchmark.grid import choose_runs, make_grid
 from decodiff_anomalib.benchmark.plots import write_plots
 from decodiff_anomalib.benchmark.record import CATEGORY_METRICS, LOG, Run, write_record
-from decodiff_anomalib.benchmark.report import means_table, write_tables
+from decodiff_anomalib.benchmark.report import collect, display_names, means_table, write_tables
 
 
 def benchmark(
     *,
-    benchmark: dict[str, Any],
+    benchmark: dict,  # of Any, jsonargparse would call whatever a class_path in it names
     root: Path | None = None,
     categories: list[str] | None = None,
     models: list[str] | None = None,
@@ -59,13 +59,15 @@ def benchmark(
         pd.DataFrame: The table of :func:`decodiff_anomalib.benchmark.report.summarise`.
 
     Raises:
-        SystemExit: With status 2, if the configuration is not valid, before anything is run; with 1, if a run failed,
-            after all others and the tables; with 130, if interrupted.
+        SystemExit: With status 2, if the configuration is not valid or the record of a run is damaged, before anything
+            is run, or if a file cannot be written; with 1, if a run failed, after all others and the tables; with 130,
+            if interrupted.
     """
     output = Path(output)
     try:
         grid = make_grid(benchmark, root, categories, image_size, accelerator, photographs)
         chosen = choose_runs(grid, models, modes or ["multi"])
+        collect(grid, display_names(grid, output), output)
     except (OSError, ValueError) as error:
         print(f"decodiff benchmark: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -76,11 +78,15 @@ def benchmark(
             outcome, succeeded = _execute(run, output, timing_seconds)
             print(outcome, flush=True)
             failed += not succeeded
+        table = write_tables(grid, output)
+        write_plots(grid, table, output)
     except KeyboardInterrupt:
         print("\nInterrupted. Finished runs are kept; the same command continues with the others.")
         raise SystemExit(130) from None
-    table = write_tables(grid, output)
-    write_plots(grid, table, output)
+    except OSError as error:
+        print()
+        print(f"decodiff benchmark: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     print(f"\n{means_table(table)}\n\nTables and pictures: {output}")
     if failed:
         print(f"{failed} of {len(chosen)} runs failed; the same command tries them again.", file=sys.stderr)

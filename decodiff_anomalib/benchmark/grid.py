@@ -1,7 +1,8 @@
 """The runs of a benchmark, from its configuration; what no run could do is refused here, before anything is run."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from decodiff_anomalib.data import MultiCategory
 GRID_ENTRIES = ("seed", "model", "data")
 MODEL_ENTRIES = ("name", "class_path", "init_args", "trainer", "data", "backbone_weights")
 MODES = ("multi", "single")
+KINDS: dict[type, str] = {int: "whole number", str: "text", dict: "mapping of names to values"}
 
 
 def make_grid(
@@ -41,14 +43,19 @@ def make_grid(
     if missing:
         msg = f"benchmark lacks {', '.join(missing)}; it has the layout of `anomalib benchmark`: seed, model and data."
         raise ValueError(msg)
-    points = list(get_iterator_from_grid_dict(grid))
-    seeds, entries, data = (_distinct(point[name] for point in points) for name in GRID_ENTRIES)
+    with _readable():
+        points = list(get_iterator_from_grid_dict(grid))
+        seeds, entries, data = (_distinct(point[name] for point in points) for name in GRID_ENTRIES)
+    for name, values, kind in (("seed", seeds, int), ("model", entries, dict), ("data", data, dict)):
+        _refuse_other_kind(f"benchmark.{name}", values, kind)
     if len(data) > 1:
         msg = f"benchmark.data is a grid of {len(data)}; give one, and each of the others an --output of its own."
         raise ValueError(msg)
     shared = _data_arguments(data[0], root, categories)
+    with _readable():
+        named = _named(entries)
     runs = []
-    for name, entry in _named(entries).items():
+    for name, entry in named.items():
         _check_model(name, entry, image_size)
         model_data = shared | entry.get("data", {})
         needs_photographs = entry["class_path"] == EfficientAd.__name__
@@ -87,6 +94,30 @@ def choose_runs(grid: Sequence[Run], models: Sequence[str] | None, modes: Sequen
     return [run for run in grid if run.model in (models or known) and run.mode in modes]
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn what others raise at values of a kind that they do not expect into an error.
+
+    Raises:
+        ValueError: Instead of these errors.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        msg = (
+            f"benchmark has a value of another kind than its place needs ({type(error).__name__}: {error}); it has the "
+            "layout of `anomalib benchmark`: seed, model and data."
+        )
+        raise ValueError(msg) from error
+
+
+def _refuse_other_kind(subject: str, values: Iterable[Any], kind: type) -> None:
+    for value in values:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            msg = f"{subject} is {value!r}; it must be a {KINDS[kind]}."
+            raise ValueError(msg)  # noqa: TRY004 - of a file, not of a program
+
+
 def _distinct(values: Iterable[Any]) -> list[Any]:
     distinct: list[Any] = []  # no set: dictionaries are not hashable
     for value in values:
@@ -99,7 +130,9 @@ def _title(entry: dict[str, Any]) -> str:
     if "class_path" not in entry:
         msg = f"Model {entry} has no class_path; valid: {', '.join(sorted(list_models(case='pascal')))}."
         raise ValueError(msg)
-    return entry.get("name", entry["class_path"])
+    title = entry.get("name", entry["class_path"])
+    _refuse_other_kind("The name of a model", [title], str)
+    return title
 
 
 def _named(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -117,25 +150,30 @@ def _named(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _data_arguments(entry: dict[str, Any], root: Path | None, categories: Sequence[str] | None) -> dict[str, Any]:
     """Arguments of ``MultiCategory``, with the names of its categories; it is built once to validate them."""
-    if entry.get("class_path", "").rpartition(".")[2] != MultiCategory.__name__:
+    if str(entry.get("class_path", "")).rpartition(".")[2] != MultiCategory.__name__:
         msg = (
             f"benchmark.data is {entry.get('class_path')!r}; it must be MultiCategory, which reports by category and, "
             "with `datamodules`, joins any of Anomalib's datamodules."
         )
         raise ValueError(msg)
+    _refuse_other_kind("benchmark.data.init_args", [entry.get("init_args", {})], dict)
     arguments = dict(entry.get("init_args", {}))
     _refuse_unknown("benchmark.data.init_args", arguments, _parameters(MultiCategory) - {"seed"})
     if root is not None:
         arguments["root"] = root
-    if arguments.get("root") is not None:
-        arguments["root"] = str(Path(arguments["root"]).resolve())
     if categories is not None:
         arguments["categories"] = list(categories)
-    return arguments | {"categories": list(MultiCategory(**arguments).categories)}
+    with _readable():
+        if arguments.get("root") is not None:
+            arguments["root"] = str(Path(arguments["root"]).resolve())
+        return arguments | {"categories": list(MultiCategory(**arguments).categories)}
 
 
 def _check_model(name: str, entry: dict[str, Any], image_size: int) -> None:
     _refuse_unknown(f"Model {name!r}", entry, MODEL_ENTRIES)
+    _refuse_other_kind(f"class_path of {name!r}", [entry["class_path"]], str)
+    for part in ("init_args", "trainer", "data"):
+        _refuse_other_kind(f"{part} of {name!r}", [entry.get(part, {})], dict)
     model_class = getattr(anomalib.models, entry["class_path"], None)
     if not (inspect.isclass(model_class) and issubclass(model_class, AnomalibModule)):
         msg = (

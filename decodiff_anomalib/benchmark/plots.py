@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from decodiff_anomalib.atomic_write import atomic_write
-from decodiff_anomalib.benchmark.record import CURVES, MAPS, Run
+from decodiff_anomalib.benchmark.record import CURVES, MAPS, Run, reading
 from decodiff_anomalib.benchmark.report import HEADINGS, MEAN, display_names, run_categories
 from decodiff_anomalib.scale import COLOURS as COLOURS_OF_MAPS
 
@@ -139,7 +139,8 @@ def precision_recall_curves(runs: Sequence[Run], names: dict[str, str], output: 
             curves = []
             for run in runs:
                 if (names[run.model], run.mode) == (model, mode) and category in run.categories:
-                    known, precision = json.loads((run.folder(output) / CURVES).read_text())[category]
+                    with reading(run.folder(output) / CURVES):
+                        known, precision = json.loads((run.folder(output) / CURVES).read_text())[category]
                     curves += [np.interp(recall, known, precision)] if known else []
             mean, deviation = (reduce(curves, axis=0) if curves else np.nan * recall for reduce in (np.mean, np.std))
             axes.plot(recall, mean, LINES[mode], **style)
@@ -200,7 +201,8 @@ def contact_sheet(runs: Sequence[Run], names: dict[str, str], output: Path) -> F
 
 def _read_maps(run: Run, output: Path) -> dict[str, dict[str, Any]]:
     """Path of each image on the contact sheet to its map, category, mask and, if there is one, correction."""
-    with np.load(run.folder(output) / MAPS) as file:
+    path = run.folder(output) / MAPS
+    with reading(path), np.load(path) as file:
         fields = {name: file[name] for name in file}
     return {path: {name: fields[name][row] for name in fields} for row, path in enumerate(fields["image_path"])}
 

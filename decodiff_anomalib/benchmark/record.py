@@ -2,9 +2,12 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.folder_names import check_folder_name
@@ -71,10 +74,31 @@ class Run:
         return output.joinpath("runs", file_name(self.model), *scope, f"seed{self.seed}")
 
     def read(self, output: Path) -> dict[str, Any]:
-        """Its record, with a ``result`` or an ``error`` once it has ended; empty if there is none of these settings."""
+        """Its record, with a ``result`` or an ``error`` once it has ended; empty if there is none of these settings.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
         path = self.folder(output) / RECORD
-        record = json.loads(path.read_text()) if path.is_file() else {}
-        return record if record.get("configuration") == asdict(self) else {}
+        with reading(path):
+            record = json.loads(path.read_text()) if path.is_file() else {}
+            is_own = record.get("configuration") == asdict(self)
+            record.get("result", {}).get("note")  # both are dictionaries
+        return record if is_own else {}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Read a file of a finished run; what is wrong with it becomes an error that names it.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        yield
+    except (AttributeError, BadZipFile, EOFError, LookupError, TypeError, ValueError) as error:
+        msg = f"{path} is damaged ({type(error).__name__}: {error}). Remove its folder to repeat the run."
+        raise ValueError(msg) from error
 
 
 def file_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """Tables of a benchmark: the results of its runs are collected, summarised over seeds, and written."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pandas as pd
 
 from decodiff_anomalib.atomic_write import atomic_write
 from decodiff_anomalib.benchmark.grid import MODES
-from decodiff_anomalib.benchmark.record import CATEGORY_METRICS, Run
+from decodiff_anomalib.benchmark.record import CATEGORY_METRICS, RECORD, Run, reading
 from decodiff_anomalib.evaluation import METRICS, RATES
 
 COSTS = ("train_seconds", "ms_batch_1", "ms_batch_8", "memory_mb", "parameters", "state_mb")
@@ -93,15 +94,25 @@ def collect(grid: Sequence[Run], names: dict[str, str], output: Path) -> tuple[p
             message = f"seed {run.seed}: {record['error']}"
             errors += [keys | {"category": category, "error": message} for category in run.categories]
         if "result" in record:
-            result = record["result"]
-            metrics = json.loads((run.folder(output) / CATEGORY_METRICS).read_text())
-            for row in metrics:
-                if row["category"] in run.categories:
-                    pictures = {name: result[name].get(row["category"]) for name in OF_CORRECTION}
-                    results.append(keys | {"category": row["category"]} | row | result | pictures)
+            with reading(run.folder(output) / CATEGORY_METRICS):
+                metrics = json.loads((run.folder(output) / CATEGORY_METRICS).read_text())
+                rows = [row for row in metrics if row["category"] in run.categories]
+                numbers = [{name: _number(row.get(name)) for name in (*METRICS, *RATES)} for row in rows]
+            with reading(run.folder(output) / RECORD):
+                costs = {name: _number(record["result"].get(name)) for name in COSTS}
+                device = str(record["result"]["device"])
+                for row, values in zip(rows, numbers, strict=True):
+                    of_category = {"category": row["category"], "device": device}
+                    pictures = {name: _number(record["result"][name].get(row["category"])) for name in OF_CORRECTION}
+                    results.append(keys | of_category | values | costs | pictures)
     columns = [*KEYS, "seed"]
     table = pd.DataFrame(results, columns=[*columns, "device", *VALUES])
     return table.astype(dict.fromkeys(VALUES, float)), pd.DataFrame(errors, columns=[*columns, "error"])
+
+
+def _number(value: float | None) -> float:
+    """A value of a record, where what is undefined is null."""
+    return math.nan if value is None else float(value)
 
 
 def summarise(

@@ -46,10 +46,14 @@ def read_record(file: Path) -> dict[str, Any]:
     """The record of an exported file.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or it is damaged.
     """
     path = file.parent / RECORD
-    records = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        records = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        msg = f"{path} is damaged: {error}. Export {file.name} again."
+        raise ValueError(msg) from error
     if file.name not in records:
         msg = (
             f"{path} has no thresholds of {file.name}. It was exported by an earlier version, by another program or "

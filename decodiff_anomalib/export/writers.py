@@ -14,6 +14,7 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy.export import CompressionType, ExportType
 
+from decodiff_anomalib.atomic_write import naming
 from decodiff_anomalib.export.parity import (
     ODD_SIZES,
     TOLERANCES,
@@ -50,7 +51,8 @@ def write_torch(model: ExportableModel, root: Path | str, name: str) -> Path:
     """Write ``weights/torch/<name>.pt``, see :meth:`decodiff_anomalib.export.ExportMixin.to_torch`."""
     with staging_directory(root, ExportType.TORCH) as (staging, target):
         file = staging / f"{name}.pt"
-        torch.save({"model": export_pipeline(model)}, file)
+        with naming(target / file.name, RuntimeError):  # which PyTorch turns a full disk into
+            torch.save({"model": export_pipeline(model)}, file)
         written: Pipeline = torch.load(file, weights_only=False)["model"]  # written just above
         runtime = Runtime(
             f"PyTorch {version('torch')}", lambda images: numpy_outputs(written.outputs(images)), TOLERANCES[None]
@@ -118,7 +120,8 @@ def write_openvino(
         graph = openvino.convert_model(onnx, **(ov_kwargs or {}))
         if integers:
             graph = compress(graph, integers, datamodule, metric, max_drop, model.white_level)
-        openvino.save_model(graph, file, compress_to_fp16=compression == CompressionType.FP16)
+        with naming(target / file.name, RuntimeError):  # which OpenVINO turns a full disk into
+            openvino.save_model(graph, file, compress_to_fp16=compression == CompressionType.FP16)
         runtimes = openvino_runtimes(file, TOLERANCES.get(compression))
         check_parity(runtimes, file, model, ParityImages.make(model, datamodule, input_size), compression)
         _stage_thresholds(model, file)
@@ -143,7 +146,7 @@ def staging_directory(root: Path | str, export_type: ExportType) -> Iterator[tup
     """Yield a staging directory and the target directory that its files move to when the block ends without an error.
 
     Raises:
-        OSError: If the target directory cannot be written to.
+        OSError: If the target directory cannot be written to, or the disk is full.
     """
     target = Path(root) / "weights" / export_type.value
     try:
@@ -152,7 +155,7 @@ def staging_directory(root: Path | str, export_type: ExportType) -> Iterator[tup
     except OSError as error:
         msg = f"export_root={str(root)!r} cannot be written to: {error}. Give another folder."
         raise OSError(msg) from error
-    with temporary:
+    with temporary, naming(target):
         staging = Path(temporary.name)
         yield staging, target
         for file in staging.iterdir():

@@ -11,6 +11,8 @@ from decodiff_anomalib.denoiser import DENOISER_SIZES, Denoiser, DenoiserSize, b
 
 State = dict[str, torch.Tensor]
 
+MOST_LAYERS = 100  # a larger network, which takes for ever to build, is that of a damaged file
+
 
 @dataclass(frozen=True)
 class DenoiserConfig:
@@ -58,6 +60,9 @@ class DenoiserConfig:
             raise ValueError(msg)
         fields = values.pop("size").items()
         size: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields}
+        if not (isinstance(size.get("layers", 1), int) and size.get("layers", 1) <= MOST_LAYERS):
+            msg = f"The configuration has layers={size.get('layers')!r}; it must be a number up to {MOST_LAYERS}."
+            raise ValueError(msg)
         categories = values.pop("categories")
         return cls(size=DenoiserSize(**size), categories=categories and tuple(categories), **values)
 

@@ -123,16 +123,23 @@ def load_official(path: str | Path, num_heads: int | None = None) -> tuple[Denoi
         FileNotFoundError: If the file does not exist.
         ValueError: If it contains anything else.
     """
-    state, arguments, origin = _read_checkpoint(Path(path))
     try:
-        size = recognise_size(state, arguments.get("num_heads") if num_heads is None else num_heads)
+        return _load(path, num_heads)
+    except OSError:
+        raise
     except LookupError as error:
         msg = f"{path} is not the authors' network: weight {error} is missing or of another rank. {ACCEPTED}"
         raise ValueError(msg) from error
-    except ValueError as error:
-        msg = f"{path}: {error}"
+    except Exception as error:  # weights of odd shapes and arguments of odd types can raise any exception
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        msg = f"{path}: {error}" if isinstance(error, ValueError) else f"{path} holds other values: {error}. {ACCEPTED}"
         raise ValueError(msg) from error
 
+
+def _load(path: str | Path, num_heads: int | None) -> tuple[Denoiser, DenoiserConfig]:
+    state, arguments, origin = _read_checkpoint(Path(path))
+    size = recognise_size(state, arguments.get("num_heads") if num_heads is None else num_heads)
     categories = CATEGORY_ORDER.get(str(arguments.get("dataset")))
     rows = len(state[CATEGORY_TABLE])
     codec = arguments.get("vae_type")

@@ -7,9 +7,10 @@ from a checkpoint of the authors.
 import logging
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from decodiff_anomalib.atomic_write import atomic_write
+from decodiff_anomalib.atomic_write import atomic_write, naming
 from decodiff_anomalib.denoiser import Denoiser
 from decodiff_anomalib.weights.denoiser_config import DenoiserConfig, empty_denoiser, fill, refuse_other_weights
 from decodiff_anomalib.weights.official import load_official
@@ -33,9 +34,13 @@ def convert(path: Path, *, to: Path, num_heads: int | None = None) -> None:
 
 
 def save_pretrained(denoiser: Denoiser, config: DenoiserConfig, folder: str | Path) -> None:
-    """Write ``model.safetensors`` and ``config.json`` to ``folder``."""
+    """Write ``model.safetensors`` and ``config.json`` to ``folder``.
+
+    Raises:
+        OSError: If they cannot be written.
+    """
     tensors = {key: tensor.contiguous() for key, tensor in denoiser.state_dict().items()}
-    with atomic_write(Path(folder, WEIGHTS_FILE)) as staged:
+    with atomic_write(Path(folder, WEIGHTS_FILE)) as staged, naming(Path(folder, WEIGHTS_FILE), SafetensorError):
         save_file(tensors, staged, metadata={"format": "pt"})
     with atomic_write(Path(folder, CONFIG_FILE)) as staged:
         staged.write_text(config.to_json(), encoding="utf-8")
@@ -67,10 +72,16 @@ def load_pretrained(source: str | Path) -> tuple[Denoiser, DenoiserConfig]:
             "Give a folder or hub id of what `decodiff convert` writes."
         )
         raise ValueError(msg)
-    config = DenoiserConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    denoiser, state = empty_denoiser(config), load_file(folder / WEIGHTS_FILE)
-    refuse_other_weights(source, state, denoiser.state_dict())
-    return fill(denoiser, state), config
+    try:
+        config = DenoiserConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        denoiser, state = empty_denoiser(config), load_file(folder / WEIGHTS_FILE)
+        refuse_other_weights(source, state, denoiser.state_dict())
+        return fill(denoiser, state), config
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise any exception
+        msg = f"weights={str(source)!r} cannot be loaded: {error} Run `decodiff convert` again."
+        raise ValueError(msg) from error
 
 
 def _download(hub_id: str) -> Path:

@@ -183,8 +183,10 @@ def test_any_learning_rate_ends_with_finite_weights_or_a_sentence(
     try:
         engine.fit(model, datamodule=MultiCategory(noise_root, num_workers=0))
     except ValueError as error:
-        assert "The training loss is nan in step" in str(error)
-        assert "Train with a smaller --model.learning_rate" in str(error)
+        message = str(error)
+    else:
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        assert model.post_processor.image_thresholds.isfinite().all()
         return
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert model.post_processor.image_thresholds.isfinite().all()
+    assert "The training loss is nan in step" in message
+    assert "Train with a smaller --model.learning_rate" in message
