@@ -157,7 +157,8 @@ class Inspection:
 
     def outlined(self) -> Image.Image:
         """The image with the outline of its mask."""
-        mask = Image.fromarray(self.batch.pred_mask[0].squeeze().numpy() > 0).convert("L")
+        found = self.batch.pred_mask
+        mask = Image.fromarray(found[0].reshape(found.shape[-2:]).numpy() > 0).convert("L")
         image = self.views[IMAGE]
         return outline(image, mask.resize(image.size, Image.Resampling.NEAREST), PREDICTED)
 

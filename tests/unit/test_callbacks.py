@@ -154,6 +154,7 @@ def duration_trainer(**changes: object) -> SimpleNamespace:
         "global_step": 0,
         "should_stop": False,
         "limit_val_batches": 1.0,
+        "strategy": SimpleNamespace(launcher=None),
         "fit_loop": SimpleNamespace(
             max_epochs=1000,
             epoch_loop=SimpleNamespace(max_steps=-1),
