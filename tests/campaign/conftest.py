@@ -56,3 +56,13 @@ def checkpoint(noise_root: Path, new_model: Callable[..., DeCoDiff], tmp_path_fa
     engine.fit(new_model(), datamodule=MultiCategory(noise_root, num_workers=0))
     (path,) = folder.rglob("model.ckpt")
     return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of both exports."""
+    root = tmp_path_factory.mktemp("exported")
+    model = DeCoDiff.load_from_checkpoint(checkpoint, map_location="cpu", visualizer=False).eval()
+    model.to_onnx(root)
+    model.to_openvino(root)
+    return root

@@ -251,16 +251,6 @@ def test_a_prediction_goes_on_without_its_report_which_is_made_later(
 # ---------------------------------------------------------------- exports and thresholds
 
 
-@pytest.fixture(scope="module")
-def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of both exports."""
-    root = tmp_path_factory.mktemp("exported")
-    model = DeCoDiff.load_from_checkpoint(checkpoint, map_location="cpu", visualizer=False).eval()
-    model.to_onnx(root)
-    model.to_openvino(root)
-    return root
-
-
 @pytest.mark.parametrize("method", ["to_onnx", "to_torch"])
 def test_an_export_keeps_the_file_before(disk: Disk, exported: Path, checkpoint: Path, method: str) -> None:
     shutil.copytree(exported / "weights", disk.folder / "weights")
